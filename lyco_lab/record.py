@@ -1,0 +1,167 @@
+"""The run folder: what each stage leaves there, and whether it is done.
+
+    runs/NAME-HASH/
+        config.yaml         the whole configuration
+        done/STAGE.json     written last by a stage: its facts; a stage without it is not done
+
+Stages meet only in these files, so each can be killed at any moment and run again: whatever is
+not yet complete is not yet visible under its final name.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from omegaconf import OmegaConf
+
+from lyco_lab.errors import UserError
+
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
+LABELS = ("name", "study", "wandb")  # what a run is called and where it is shown: not its result
+
+
+class Configured(Protocol):
+    """What a folder needs to know of a run; `lyco_lab.config.Run` is one."""
+
+    @property
+    def folder_name(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a run's configuration that decides its result."""
+    return {key: value for key, value in config.items() if key not in LABELS}
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Eight hex digits of everything in a configuration that decides the result."""
+    text = json.dumps(identity(config), sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; on success it becomes `path`, on error it is deleted.
+
+    It keeps the file's own name, in a folder of its own beside it, so writers that look at the
+    suffix are content and a half-written file is never caught by a listing of finished ones.
+    """
+    path = Path(path)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"cannot write the file {path}: a folder of that name is in the way")
+        temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=path.parent))
+        try:
+            yield temporary / path.name
+            with open(temporary / path.name, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(temporary / path.name, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn 'disk full' and 'not allowed' inside the block into a `UserError` naming `folder`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or _nearly_full(folder):
+            raise UserError(
+                f"no space left to write in {folder}: free some and run the same command again"
+            ) from error
+        if number in UNWRITABLE:
+            reason = os.strerror(number).lower() if number else str(error)
+            raise UserError(f"cannot write in {folder}: {reason}; choose another folder") from error
+        raise
+
+
+def _nearly_full(folder: Path) -> bool:
+    existing = next((p for p in (folder, *folder.parents) if p.is_dir()), Path("/"))
+    return shutil.disk_usage(existing).free < LEAST_FREE_BYTES
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run's folder."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, root: Path, run: Configured) -> "Record":
+        """Create `root/run.folder_name`, or reopen it; what it holds must be this run's."""
+        path = Path(root) / run.folder_name
+        with writing(path):
+            if path.is_dir() and any(path.iterdir()):
+                _check_same_configuration(path, run)
+                for stale in path.rglob(".part-*"):  # left by a kill
+                    shutil.rmtree(stale, ignore_errors=True)
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+            with atomic(path / "config.yaml") as temporary:
+                temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(run.to_dict())))
+        return cls(path)
+
+    def done(self, stage: str) -> bool:
+        return self._mark(stage).is_file()
+
+    def finish(self, stage: str, **facts: Any) -> None:
+        """Declare `stage` done, with facts (plain JSON values) that later stages may read."""
+        with atomic(self._mark(stage)) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        if not self.done(stage):
+            raise UserError(f"the stage {stage!r} of {self.path} is not done: run it first")
+        facts: dict[str, Any] = json.loads(self._mark(stage).read_text())
+        return facts
+
+    def _mark(self, stage: str) -> Path:
+        return self.path / "done" / f"{stage}.json"
+
+
+def _check_same_configuration(path: Path, run: Configured) -> None:
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
+    except FileNotFoundError:
+        # A kill between creating the folder and its first file leaves only temporary ones.
+        if all(child.name.startswith(".part-") for child in path.iterdir()):
+            return
+        raise UserError(f"{path} holds other files and no config.yaml: not a run") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}/config.yaml is not a run's configuration")
+    ours, theirs = (
+        _flat(identity(c)) for c in (run.to_dict(), {str(k): v for k, v in found.items()})
+    )
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{path} was made by another configuration: there {key} is {theirs.get(key)!r}, "
+                f"here {ours.get(key)!r}; delete the folder or write elsewhere with --out"
+            )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}, so that two configurations can be compared key by key."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
