@@ -1,0 +1,1 @@
+"""Stable Diffusion, frozen, and which of its layers may be adapted."""

@@ -1,0 +1,62 @@
+"""Which layers of a Stable Diffusion each preset adapts.
+
+    preset      UNet                                        text encoder (CLIP)
+    attn-only   projections of self- and cross-attention    q, k, v and out projections
+    attn-mlp    all of each transformer block, with its     attention and MLP
+                feed-forward and 1x1 proj_in, proj_out
+    full        + resnets, down- and up-samplers, conv_in,  attention and MLP
+                conv_out, time embedding
+
+These are the paper's three. Linear layers and convolutions are adapted; norms and embeddings are
+not. A layer belongs to a preset when a block of a listed class, or a listed name, contains it.
+"""
+
+from torch import nn
+
+from lyco_lab.adapters.mount import SUPPORTED
+from lyco_lab.errors import UserError, nearest
+
+PRESETS = ("attn-only", "attn-mlp", "full")
+PARTS = ("unet", "text_encoder")
+
+# Class names, not classes: both libraries keep several classes of one name and role.
+ATTENTION = {"unet": {"Attention"}, "text_encoder": {"CLIPAttention"}}
+TRANSFORMER = {
+    "unet": ATTENTION["unet"] | {"Transformer2DModel"},
+    "text_encoder": ATTENTION["text_encoder"] | {"CLIPMLP"},
+}
+EVERYTHING = {
+    "unet": TRANSFORMER["unet"]
+    | {"ResnetBlock2D", "Downsample2D", "Upsample2D", "TimestepEmbedding"},
+    "text_encoder": TRANSFORMER["text_encoder"],
+}
+BLOCKS = dict(zip(PRESETS, (ATTENTION, TRANSFORMER, EVERYTHING), strict=True))
+LOOSE = {("full", "unet"): {"conv_in", "conv_out"}}  # layers of a preset in no block
+
+
+def match(root: nn.Module, preset: str, part: str) -> list[str]:
+    """Names of the layers of `root` that `preset` adapts, in the order of the model."""
+    if preset not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}: one of {known}")
+    if part not in PARTS:
+        raise UserError(f"unknown part {part!r}{nearest(part, PARTS)}: one of {', '.join(PARTS)}")
+    blocks = [
+        f"{name}." if name else ""
+        for name, module in root.named_modules()
+        if BLOCKS[preset][part] & {cls.__name__ for cls in type(module).__mro__}
+    ]
+    loose = LOOSE.get((preset, part), set())
+    names = [
+        name
+        for name, module in root.named_modules()
+        if isinstance(module, SUPPORTED)
+        and (name in loose or any(name.startswith(block) for block in blocks))
+    ]
+    if not names:
+        wanted = ", ".join(sorted(BLOCKS[preset][part] | loose))
+        raise UserError(
+            f"preset {preset!r} matches no layer of the {part} {type(root).__name__}: "
+            f"it has none of {wanted}"
+        )
+    return names

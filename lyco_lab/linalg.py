@@ -1,0 +1,46 @@
+"""Mathematics that several adapters share.
+
+Shapes: a weight is (P, Q, *kernel), P outputs and Q inputs. Where a matrix is meant, it is the
+unrolled weight P x QK with K the product of the kernel's sides, so that a kernel's taps are the
+fastest index of a column, as `weight.flatten(1)` lays them out.
+"""
+
+import functools
+import math
+
+from torch import Generator, Tensor
+
+
+def unrolled(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(P, QK): the sides of the matrix that a weight of this shape unrolls to."""
+    return shape[0], math.prod(shape[1:])
+
+
+@functools.cache
+def split(size: int, factor: int) -> tuple[int, int]:
+    """size = u * v with u the largest divisor that exceeds neither `factor` nor sqrt(size).
+
+    This is the paper's rule (its equation 5). lycoris-lora's `factorization` differs where
+    `factor` divides `size` and exceeds its root: 1024 by 64 is (16, 64) there and (32, 32) here.
+    """
+    u = max(u for u in range(1, math.isqrt(size) + 1) if size % u == 0 and u <= max(factor, 1))
+    return u, size // u
+
+
+def kron(left_US: Tensor, right_VTk: Tensor) -> Tensor:
+    """Kronecker product on the channel axes, (U V, S T, *kernel); the kernel is the right one's.
+
+    Unrolled, it is the ordinary Kronecker product of `left_US` and the unrolled `right_VTk`.
+    """
+    (U, S), (V, T), kernel = left_US.shape, right_VTk.shape[:2], right_VTk.shape[2:]
+    product_UVSTk = left_US.view(U, 1, S, 1) * right_VTk.reshape(1, V, 1, -1)
+    return product_UVSTk.view(U * V, S * T, *kernel)
+
+
+def kaiming(like: Tensor, *shape: int, fan_in: int, rng: Generator) -> Tensor:
+    """Uniform on +-1/sqrt(fan_in), with the dtype and device of `like`.
+
+    The same as torch's `kaiming_uniform_` with a = sqrt(5), with which its own layers start.
+    """
+    bound = 1 / math.sqrt(fan_in)
+    return like.new_empty(shape).uniform_(-bound, bound, generator=rng)
