@@ -12,11 +12,10 @@ help: ## this list
 
 setup: $(STAMP) ## .venv with the library, its dependencies and the developer tools
 
-# Redone when the dependencies change; removed first, so a broken environment is never patched up.
+# Redone when the dependencies change.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "needs Python 3.11 or newer, $(PYTHON) is older: make setup PYTHON=python3.11" >&2; exit 2; }
-	rm -rf .venv
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --editable '.[dev]'
 	@touch $@

@@ -1,0 +1,21 @@
+"""A study's YAML -> frozen, checked runs. Nothing below this package sees YAML.
+
+run.py       the sections of a run, and which settings make sense together
+compose.py   defaults <- base.yaml <- study.yaml <- command line, one layer at a time
+study.py     a study's folder -> its list of runs
+"""
+
+from lyco_lab.config.run import Data, Evaluate, Generate, Model, Run, Train, Wandb
+from lyco_lab.config.study import Study, load_study
+
+__all__ = [
+    "Data",
+    "Evaluate",
+    "Generate",
+    "Model",
+    "Run",
+    "Study",
+    "Train",
+    "Wandb",
+    "load_study",
+]

@@ -1,0 +1,210 @@
+"""Defaults <- base.yaml <- study.yaml <- command line, one layer at a time.
+
+Each layer is a nested mapping that knows where it came from, so an error can say so. Layers merge
+key by key and lists are replaced; a layer that changes `adapter.kind` replaces the whole adapter
+section, since the fields of the former kind mean nothing to the new one.
+"""
+
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lyco_lab.adapters import ADAPTERS
+from lyco_lab.config.run import Run, adapter_class
+from lyco_lab.errors import UserError, nearest
+
+Nested = dict[str, Any]
+SECTIONS: dict[str, type] = {
+    spec.name: typing.cast(type, spec.type) for spec in fields(Run) if is_dataclass(spec.type)
+}
+ADAPTER_KEYS = {"kind", *(spec.name for cls in ADAPTERS.values() for spec in fields(cls))}
+KEYS = (
+    "seed",
+    *(f"{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields(cls)),
+    *(f"adapter.{key}" for key in sorted(ADAPTER_KEYS)),
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    origin: str  # "experiments/base.yaml", "the command line"
+    values: Nested
+
+
+@dataclass(frozen=True)
+class _Top:
+    """The settings of a run that are in no section, for OmegaConf to type."""
+
+    seed: int = 0
+
+
+def read_yaml(path: Path) -> Nested:
+    """A YAML file that holds a mapping."""
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} needs keys and values at its top level, found {values!r}")
+    return {str(key): value for key, value in values.items()}
+
+
+def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
+    """["train.lr=1e-3"] -> {"train.lr": 0.001}, with YAML's reading of the value."""
+    overrides: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is not a setting: write key=value, as in train.lr=1e-3")
+        if key in overrides:
+            raise UserError(f"{key} is given twice on the command line")
+        try:
+            overrides[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+            overrides[key] = overrides[key]["value"]
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{word!r} on the command line: {_one_line(error)}") from error
+    return overrides
+
+
+def nest(flat: Mapping[Any, Any], origin: str) -> Nested:
+    """{"train.lr": 1, "train": {"steps": 2}} -> {"train": {"lr": 1, "steps": 2}}."""
+    nested: Nested = {}
+    for dotted, value in flat.items():
+        first, _, rest = str(dotted).partition(".")
+        inner = {rest: value} if rest else value
+        if isinstance(inner, Mapping):
+            inner = nest(inner, origin)
+            if isinstance(nested.get(first), dict):
+                inner = _merge(nested[first], inner)
+        elif first in nested:
+            raise UserError(f"{first} is given twice in {origin}")
+        nested[first] = inner
+    return nested
+
+
+def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
+    """The run that results from `layers`, the last one winning."""
+    merged: Nested = {}
+    typed: Nested = {}
+    for layer in layers:
+        values = nest(layer.values, layer.origin)
+        check_keys(values, layer.origin)
+        merged = _merge(merged, values)
+        typed = _typed(merged, layer.origin)
+    sections = {key: cls(**typed.pop(key, {})) for key, cls in SECTIONS.items()}
+    return Run(name=name, study=study, **sections, **typed)
+
+
+def check_keys(values: Nested, origin: str) -> None:
+    """Every key exists. Which of them suits the adapter's kind is known only after merging."""
+    for key in SECTIONS.keys() | {"adapter"}:
+        if key in values and not isinstance(values[key], dict):
+            raise UserError(f"{key} is {values[key]!r} in {origin}, needs keys of its own")
+    for path in _paths(values):
+        if path not in KEYS:
+            same_name = [key for key in KEYS if key.split(".")[-1] == path.split(".")[-1]]
+            hint = nearest(path, KEYS) or nearest(path, same_name)
+            if not hint and same_name:
+                hint = f" (did you mean {' or '.join(map(repr, same_name))}?)"
+            raise UserError(f"unknown key {path!r} in {origin}{hint}")
+
+
+def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _paths(value, f"{prefix}{key}.")
+        elif not isinstance(value, Mapping) or prefix or key not in (*SECTIONS, "adapter"):
+            yield f"{prefix}{key}"
+
+
+def _merge(below: Nested, above: Nested) -> Nested:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            kinds = [str(section.get("kind", "")).lower() for section in (old, value)]
+            changes_kind = key == "adapter" and kinds[1] not in ("", kinds[0])
+            value = value if changes_kind else _merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _typed(merged: Nested, origin: str) -> Nested:
+    """`merged` with its types checked and ${...} resolved; a wrong one names `origin`."""
+    try:
+        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{_one_line(error)}, in {origin}") from error
+    resolved = typing.cast(Nested, plain)
+    typed: Nested = {}
+    for key, value in resolved.items():
+        if key == "adapter":
+            typed[key] = _adapter(value, origin)
+        elif key in SECTIONS:
+            typed[key] = _section(f"{key}.", value, SECTIONS[key], origin)
+        else:
+            typed |= _section("", {key: value}, _Top, origin)
+    return typed
+
+
+def _adapter(section: Nested, origin: str) -> Nested:
+    try:
+        cls = adapter_class(section)
+    except UserError as error:
+        raise UserError(f"{error}, in {origin}") from error
+    kind = cls.__name__.lower()
+    options = {key: value for key, value in section.items() if key != "kind"}
+    known = [spec.name for spec in fields(cls)]
+    for key in options:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no settings"
+            hint = nearest(key, known)
+            raise UserError(f"adapter.{key} in {origin}: {kind!r} has no {key!r}; {takes}{hint}")
+    return {"kind": kind, **_section("adapter.", options, cls, origin)}
+
+
+def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
+    """`values` in the types of `cls`, one key at a time, so that an error can name its key."""
+    schema = OmegaConf.structured(cls)
+    hints = typing.get_type_hints(cls)
+    typed: Nested = {}
+    for key, value in values.items():
+        allowed = _alternatives(hints[key])
+        wrong = UserError(f"{prefix}{key} is {value!r} in {origin}, needs {_words(allowed)}")
+        # OmegaConf would turn numbers into text and 1 into true. YAML reads a bare `no` or `on`
+        # as a truth value and 12:30 as a number, so converting would hide a mistake.
+        for exact in (str, bool):
+            if exact in allowed and value is not None and not isinstance(value, exact):
+                raise wrong
+        try:
+            merged = typing.cast(DictConfig, OmegaConf.merge(schema, {key: value}))
+        except (OmegaConfBaseException, TypeError) as error:
+            raise wrong from error
+        converted = typing.cast(Nested, OmegaConf.to_container(merged))[key]
+        typed[key] = tuple(converted) if isinstance(converted, list) else converted
+    return typed
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _words(allowed: tuple[Any, ...]) -> str:
+    """Types in the user's words."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    words |= {type(None): "null", tuple[float, float]: "a list of two numbers"}
+    words |= {tuple[str, ...]: "a list of words"}
+    return " or ".join(words.get(kind, str(kind)) for kind in allowed)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

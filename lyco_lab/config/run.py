@@ -1,0 +1,231 @@
+"""The sections of a run. A `Run` that exists is valid: every check is made when it is built.
+
+The names here are the keys of a study's YAML; experiments/base.yaml explains each. A setting that
+would be accepted and do nothing is refused.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from lyco_lab import record
+from lyco_lab.adapters import ADAPTERS
+from lyco_lab.adapters.base import Adapter
+from lyco_lab.errors import UserError, nearest
+
+PRECISIONS = ("fp32", "bf16")
+LAYER_PRESETS = ("attn-only", "attn-mlp", "full")
+OPTIMIZERS = ("adamw", "sgd")
+PROMPT_TYPES = ("train", "trigger", "alter", "style")
+TRIGGER_RULES = ("drop", "keep", "class")
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def need(condition: bool, key: str, value: object, needed: str) -> None:
+    if not condition:
+        raise UserError(f"{key} is {value!r}, needs {needed}")
+
+
+def choose(key: str, value: str, choices: Collection[str]) -> None:
+    if value not in choices:
+        hint = nearest(value, choices)
+        raise UserError(f"{key} is {value!r}, needs one of {', '.join(choices)}{hint}")
+
+
+def positive(key: str, value: float | None) -> None:
+    need(value is None or (math.isfinite(value) and value > 0), key, value, "a finite number > 0")
+
+
+def at_least(key: str, value: float | None, least: int) -> None:
+    need(value is None or (math.isfinite(value) and value >= least), key, value, f">= {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    path: str = "miniature"
+    preset: str = "attn-mlp"
+    text_encoder: bool = False
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        need(bool(self.path), "model.path", self.path, "'miniature' or a diffusers folder")
+        choose("model.preset", self.preset, LAYER_PRESETS)
+        choose("model.precision", self.precision, PRECISIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    concept: str | None = None
+    folder: str | None = None
+    repeats: int | None = None
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.concept) == bool(self.folder):
+            raise UserError(
+                "exactly one of data.concept and data.folder must be given, "
+                f"not {self.concept!r} and {self.folder!r}"
+            )
+        at_least("data.repeats", self.repeats, 1)
+        at_least("data.limit", self.limit, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    steps: int = 300
+    batch_size: int = 4
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    text_encoder_lr: float | None = None
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    warmup_steps: int = 20
+    grad_clip: float | None = 1.0
+    ema_decay: float | None = None
+    caption_dropout: float = 0.05
+    init_scale: float = 1.0
+    checkpoint_every: int = 100
+    sample_every: int | None = None
+
+    def __post_init__(self) -> None:
+        choose("train.optimizer", self.optimizer, OPTIMIZERS)
+        for key in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+            at_least(f"train.{key}", getattr(self, key), 1)
+        for key in ("lr", "text_encoder_lr", "eps", "grad_clip", "init_scale"):
+            positive(f"train.{key}", getattr(self, key))
+        at_least("train.weight_decay", self.weight_decay, 0)
+        for beta in self.betas:
+            need(0 <= beta < 1, "train.betas", self.betas, "two numbers in [0, 1)")
+        need(0 <= self.momentum < 1, "train.momentum", self.momentum, "a number in [0, 1)")
+        dropout, decay = self.caption_dropout, self.ema_decay
+        need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
+        need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
+        needed = f"0 <= warmup_steps < steps = {self.steps}"
+        need(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, needed)
+        if self.sample_every is not None:
+            needed = f"null or at most steps = {self.steps}, else no sample is drawn"
+            need(self.sample_every <= self.steps, "train.sample_every", self.sample_every, needed)
+        self._refuse_settings_of_the_other_optimizer()
+
+    def _refuse_settings_of_the_other_optimizer(self) -> None:
+        unused = ("momentum",) if self.optimizer == "adamw" else ("betas", "eps")
+        for spec in dataclasses.fields(self):
+            given = getattr(self, spec.name)
+            if spec.name in unused and given != spec.default:
+                raise UserError(
+                    f"train.{spec.name} is {given!r}, but the optimizer {self.optimizer!r} does "
+                    f"not use it: leave it at {spec.default!r}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    types: tuple[str, ...] = PROMPT_TYPES
+    images_per_type: int = 8
+    steps: int = 25
+    guidance: float = 5.0
+    batch_size: int = 16
+    seed: int = 1000
+
+    def __post_init__(self) -> None:
+        for kind in self.types:
+            choose("generate.types", kind, PROMPT_TYPES)
+        distinct = len(set(self.types)) == len(self.types)
+        need(bool(self.types) and distinct, "generate.types", self.types, "distinct prompt types")
+        for key in ("images_per_type", "steps", "batch_size"):
+            at_least(f"generate.{key}", getattr(self, key), 1)
+        at_least("generate.guidance", self.guidance, 1)
+        at_least("generate.seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    trigger_in_text: str = "drop"
+
+    def __post_init__(self) -> None:
+        choose("evaluate.trigger_in_text", self.trigger_in_text, TRIGGER_RULES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wandb:
+    mode: str = "offline"
+    project: str | None = None  # None: the study's name
+
+    def __post_init__(self) -> None:
+        choose("wandb.mode", self.mode, WANDB_MODES)
+        need(self.project != "", "wandb.project", self.project, "null or a name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One configuration, trained once: everything its stages may ask."""
+
+    name: str
+    study: str
+    seed: int = 0
+    model: Model = Model()
+    data: Data
+    adapter: dict[str, Any] = field(default_factory=lambda: {"kind": "lora"})
+    train: Train = Train()
+    generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
+    wandb: Wandb = Wandb()
+
+    def __post_init__(self) -> None:
+        for key in ("name", "study"):
+            plain = getattr(self, key).replace("-", "").replace("_", "").replace(".", "")
+            needed = "letters, digits, '-', '_' and '.', as it names a folder"
+            need(plain.isascii() and plain.isalnum(), key, getattr(self, key), needed)
+        at_least("seed", self.seed, 0)
+        if self.train.text_encoder_lr is not None and not self.model.text_encoder:
+            raise UserError(
+                f"train.text_encoder_lr is {self.train.text_encoder_lr!r}, but model.text_encoder "
+                "is false: the text encoder is not trained"
+            )
+        # Spelled out in full, so that leaving a field at its default and giving the default by
+        # hand are the same run.
+        adapter = self.adapter_value()
+        spelled = {"kind": adapter_class(self.adapter).__name__.lower()}
+        object.__setattr__(self, "adapter", spelled | dataclasses.asdict(adapter))
+
+    def adapter_value(self) -> Adapter:
+        """The adapter this run trains."""
+        cls = adapter_class(self.adapter)
+        fields = {key: value for key, value in self.adapter.items() if key != "kind"}
+        try:
+            return cls(**fields)
+        except ValueError as error:
+            raise UserError(f"adapter: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and scalars, as config.yaml holds them."""
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+
+    @cached_property
+    def hash(self) -> str:
+        """Eight hex digits of everything that changes the result: not the names, not wandb."""
+        return record.digest(self.to_dict())
+
+    @property
+    def folder_name(self) -> str:
+        return f"{self.name}-{self.hash}"
+
+
+def adapter_class(section: dict[str, Any]) -> type[Adapter]:
+    """The dataclass whose fields are the keys of this `adapter` section."""
+    kind = section.get("kind")
+    if not isinstance(kind, str):
+        raise UserError(f"adapter.kind is {kind!r}, needs one of {', '.join(sorted(ADAPTERS))}")
+    choose("adapter.kind", kind.lower(), sorted(ADAPTERS))
+    return ADAPTERS[kind.lower()]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,205 @@
+"""A study: a folder with a study.yaml, which says what is asked and which runs answer it.
+
+    question      what is asked, in a sentence
+    expectation   what should come out, said before it is run
+    base          another YAML with the settings to start from, relative to this file
+    set           settings of every run
+    grid          dotted key -> list of values; one run for each combination
+    runs          variants, each {name, set, grid}; each is combined with the grid, or with its
+                  own `grid` where it has one ({}: a single run)
+    pairs         [name, name]: runs whose losses must be equal bit for bit
+
+A run is called after its variant and its grid values, so `lora` over `data.concept: [kael]` is
+`lora-kael`. Settings on the command line apply to every run; where one names a key of the grid,
+the grid shrinks to that value.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lyco_lab.config.compose import (
+    Layer,
+    Nested,
+    build,
+    check_keys,
+    nest,
+    parse_overrides,
+    read_yaml,
+)
+from lyco_lab.config.run import Run
+from lyco_lab.errors import UserError, nearest
+
+STUDY_KEYS = ("question", "expectation", "base", "set", "grid", "runs", "pairs")
+VARIANT_KEYS = ("name", "set", "grid")
+COMMAND_LINE = "the command line"
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str  # of its folder
+    question: str
+    expectation: str
+    folder: Path
+    runs: tuple[Run, ...]
+    pairs: tuple[tuple[str, str], ...] = ()  # names of runs
+
+    def run(self, name: str) -> Run:
+        """The run called `name`."""
+        return next(run for run in self.runs if run.name == name)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    name: str  # "": the study's only one, called after the study
+    settings: Nested
+    grid: dict[str, list[Any]]
+    origin: str
+
+
+def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) -> Study:
+    """Read `folder`/study.yaml and spell out its runs."""
+    folder = Path(folder)
+    path = folder / "study.yaml"
+    if not path.is_file():
+        raise UserError(_not_a_study(folder))
+    read = read_yaml(path)
+    _only(read, STUDY_KEYS, str(path))
+    for key in ("question", "expectation"):
+        if not isinstance(read.get(key), str) or not read[key].strip():
+            raise UserError(f"{path} needs a {key}, in a sentence, got {read.get(key)!r}")
+    name = folder.resolve().name
+    given = parse_overrides(overrides)
+    check_keys(nest(given, COMMAND_LINE), COMMAND_LINE)
+
+    common = [Layer(f"{path} (set)", _mapping(read.get("set"), "set", path))]
+    if read.get("base") is not None:
+        base = path.parent / str(read["base"])
+        common.insert(0, Layer(str(base), read_yaml(base)))
+    runs: dict[str, Run] = {}
+    for variant in _variants(read, path):
+        for run in _runs(name, variant, common, given):
+            if run.name in runs:
+                raise UserError(f"two runs of {path} are called {run.name!r}: name them apart")
+            twin = next((r.name for r in runs.values() if r.hash == run.hash), None)
+            if twin:
+                raise UserError(f"{twin!r} and {run.name!r} of {path} are the same configuration")
+            runs[run.name] = run
+    return Study(
+        name=name,
+        question=read["question"].strip(),
+        expectation=read["expectation"].strip(),
+        folder=folder,
+        runs=tuple(runs.values()),
+        pairs=tuple(_pairs(read, list(runs), path)),
+    )
+
+
+def _runs(
+    study: str, variant: _Variant, common: list[Layer], given: dict[str, Any]
+) -> Iterator[Run]:
+    grid = {key: [given[key]] if key in given else vs for key, vs in variant.grid.items()}
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        labels = [_label(key, value) for key, value in point.items()]
+        name = "-".join([variant.name, *labels] if variant.name or labels else [study])
+        layers = [
+            *common,
+            Layer(variant.origin, variant.settings),
+            Layer(f"{variant.origin}, grid", {k: v for k, v in point.items() if k not in given}),
+            Layer(COMMAND_LINE, given),
+        ]
+        try:
+            yield build(name.strip("-"), study, layers)
+        except UserError as error:
+            raise UserError(f"{error} (run {name.strip('-')!r})") from error
+
+
+def _label(key: str, value: Any) -> str:
+    """A grid value as part of a run's name: words speak for themselves, numbers need their key."""
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, list | tuple):
+        text = key.split(".")[-1] + "_".join(map(str, value))
+    else:
+        text = f"{key.split('.')[-1]}{value}"
+    return re.sub(r"[^A-Za-z0-9._]+", "_", text)
+
+
+def _variants(read: Nested, path: Path) -> Iterator[_Variant]:
+    grid = _grid(read.get("grid"), str(path))
+    if "runs" not in read:
+        yield _Variant("", {}, grid, str(path))
+        return
+    if not isinstance(read["runs"], list) or not read["runs"]:
+        raise UserError(f"runs in {path} is {read['runs']!r}, needs a list of {{name, set}}")
+    for number, entry in enumerate(read["runs"], start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise UserError(f"run {number} of {path} is {entry!r}, needs a name and its `set`")
+        origin = f"{path} (run {entry['name']!r})"
+        _only(entry, VARIANT_KEYS, origin)
+        settings = nest(_mapping(entry.get("set"), "set", path), origin)
+        own = _grid(entry["grid"], origin) if "grid" in entry else grid
+        for key in own:
+            if _holds(settings, key):
+                raise UserError(f"{key} is set in {origin} and also in its grid: keep one")
+        yield _Variant(entry["name"], settings, own, origin)
+
+
+def _grid(read: Any, origin: str) -> dict[str, list[Any]]:
+    if read is None:
+        return {}
+    if not isinstance(read, dict):
+        raise UserError(f"the grid of {origin} is {read!r}, needs key: [values]")
+    for key, values in read.items():
+        if not isinstance(values, list) or not values:
+            raise UserError(f"{key} in the grid of {origin} is {values!r}, needs a list of values")
+        if any(isinstance(value, dict) for value in values):
+            raise UserError(f"{key} in the grid of {origin} has sections as values: use `runs`")
+    return {str(key): values for key, values in read.items()}
+
+
+def _pairs(read: Nested, names: list[str], path: Path) -> Iterator[tuple[str, str]]:
+    pairs = read.get("pairs") or []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
+            raise UserError(f"a pair in {path} is {pair!r}, needs the names of two runs")
+        for name in pair:
+            if name not in names:
+                hint = nearest(str(name), names)
+                raise UserError(f"pairs in {path} names {name!r}, which is not a run{hint}")
+        yield pair[0], pair[1]
+
+
+def _holds(nested: Nested, dotted: str) -> bool:
+    here: Any = nested
+    for part in dotted.split("."):
+        if not isinstance(here, Mapping) or part not in here:
+            return False
+        here = here[part]
+    return True
+
+
+def _mapping(read: Any, key: str, path: Path) -> Nested:
+    if not isinstance(read, dict | None):
+        raise UserError(f"{key} in {path} is {read!r}, needs settings below it")
+    return read or {}
+
+
+def _only(read: Mapping[str, Any], known: tuple[str, ...], origin: str) -> None:
+    for key in read:
+        if key not in known:
+            hint = nearest(str(key), known) or f" (it takes {', '.join(known)})"
+            raise UserError(f"unknown key {key!r} in {origin}{hint}")
+
+
+def _not_a_study(folder: Path) -> str:
+    if folder.is_file():
+        return f"{folder} is a file, needs the folder of a study, with a study.yaml in it"
+    problem = "has no study.yaml in it" if folder.is_dir() else "does not exist"
+    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    studies = [str(path) for path in siblings if (path / "study.yaml").is_file()]
+    return f"{folder} is not a study: it {problem}{nearest(str(folder), studies)}"
