@@ -5,6 +5,7 @@ key by key and lists are replaced; a layer that changes `adapter.kind` replaces 
 section, since the fields of the former kind mean nothing to the new one.
 """
 
+import functools
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -106,23 +107,27 @@ def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
 
 def check_keys(values: Nested, origin: str) -> None:
     """Every key exists. Which of them suits the adapter's kind is known only after merging."""
-    for key in SECTIONS.keys() | {"adapter"}:
-        if key in values and not isinstance(values[key], dict):
+    for key in (*SECTIONS, "adapter"):
+        if key in values and not (isinstance(values[key], dict) and values[key]):
             raise UserError(f"{key} is {values[key]!r} in {origin}, needs keys of its own")
     for path in _paths(values):
         if path not in KEYS:
-            same_name = [key for key in KEYS if key.split(".")[-1] == path.split(".")[-1]]
-            hint = nearest(path, KEYS) or nearest(path, same_name)
-            if not hint and same_name:
-                hint = f" (did you mean {' or '.join(map(repr, same_name))}?)"
-            raise UserError(f"unknown key {path!r} in {origin}{hint}")
+            raise UserError(f"unknown key {path!r} in {origin}{_hint(path)}")
+
+
+def _hint(path: str) -> str:
+    """The same name in the right section, or else whatever is spelled most like it."""
+    same_name = [key for key in KEYS if key.split(".")[-1] == path.split(".")[-1]]
+    if len(same_name) == 1:
+        return f" (did you mean {same_name[0]!r}?)"
+    return nearest(path, same_name) or nearest(path, KEYS)
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _paths(value, f"{prefix}{key}.")
-        elif not isinstance(value, Mapping) or prefix or key not in (*SECTIONS, "adapter"):
+        else:
             yield f"{prefix}{key}"
 
 
@@ -174,7 +179,7 @@ def _adapter(section: Nested, origin: str) -> Nested:
 
 def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
     """`values` in the types of `cls`, one key at a time, so that an error can name its key."""
-    schema = OmegaConf.structured(cls)
+    schema = _schema(cls)
     hints = typing.get_type_hints(cls)
     typed: Nested = {}
     for key, value in values.items():
@@ -186,12 +191,19 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
             if exact in allowed and value is not None and not isinstance(value, exact):
                 raise wrong
         try:
-            merged = typing.cast(DictConfig, OmegaConf.merge(schema, {key: value}))
+            schema[key] = tuple(value) if isinstance(value, list) else value
         except (OmegaConfBaseException, TypeError) as error:
             raise wrong from error
-        converted = typing.cast(Nested, OmegaConf.to_container(merged))[key]
-        typed[key] = tuple(converted) if isinstance(converted, list) else converted
+        typed[key] = tuple(schema[key]) if isinstance(value, list) else schema[key]
     return typed
+
+
+@functools.cache
+def _schema(cls: type) -> DictConfig:
+    """`cls` as OmegaConf checks it; writable, since a value is checked by putting it there."""
+    schema: DictConfig = OmegaConf.structured(cls)
+    OmegaConf.set_readonly(schema, False)
+    return schema
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

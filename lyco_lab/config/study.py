@@ -80,6 +80,7 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
         base = path.parent / str(read["base"])
         common.insert(0, Layer(str(base), read_yaml(base)))
     runs: dict[str, Run] = {}
+    settings: dict[str, Nested] = {}
     for variant in _variants(read, path):
         for run in _runs(name, variant, common, given):
             if run.name in runs:
@@ -88,13 +89,22 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
             if twin:
                 raise UserError(f"{twin!r} and {run.name!r} of {path} are the same configuration")
             runs[run.name] = run
+            settings[run.name] = variant.settings
+    pairs = tuple(_pairs(read, list(runs), path))
+    for first, second in pairs:
+        for key in given:
+            if _get(settings[first], key) != _get(settings[second], key):
+                raise UserError(
+                    f"{key} cannot be set for every run: the pair {first}, {second} of {path} "
+                    "needs a value of its own for each; change it there"
+                )
     return Study(
         name=name,
         question=read["question"].strip(),
         expectation=read["expectation"].strip(),
         folder=folder,
         runs=tuple(runs.values()),
-        pairs=tuple(_pairs(read, list(runs), path)),
+        pairs=pairs,
     )
 
 
@@ -144,7 +154,7 @@ def _variants(read: Nested, path: Path) -> Iterator[_Variant]:
         settings = nest(_mapping(entry.get("set"), "set", path), origin)
         own = _grid(entry["grid"], origin) if "grid" in entry else grid
         for key in own:
-            if _holds(settings, key):
+            if _get(settings, key) is not None:
                 raise UserError(f"{key} is set in {origin} and also in its grid: keep one")
         yield _Variant(entry["name"], settings, own, origin)
 
@@ -174,13 +184,12 @@ def _pairs(read: Nested, names: list[str], path: Path) -> Iterator[tuple[str, st
         yield pair[0], pair[1]
 
 
-def _holds(nested: Nested, dotted: str) -> bool:
+def _get(nested: Nested, dotted: str) -> Any:
+    """The value at `dotted`; None where there is none."""
     here: Any = nested
     for part in dotted.split("."):
-        if not isinstance(here, Mapping) or part not in here:
-            return False
-        here = here[part]
-    return True
+        here = here.get(part) if isinstance(here, Mapping) else None
+    return here
 
 
 def _mapping(read: Any, key: str, path: Path) -> Nested:
