@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +22,6 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from lyco_lab.errors import UserError
-
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
 
 NEEDED = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 
@@ -120,12 +117,12 @@ class Diffusion:
         ).images
         return (images * 255).round().astype(np.uint8)
 
-    def pipeline(self) -> "StableDiffusionPipeline":
+    def pipeline(self) -> Any:
         """A diffusers pipeline on these very modules: no second copy of the weights."""
         from diffusers import DDIMScheduler, StableDiffusionPipeline
 
         with quiet():
-            pipeline = StableDiffusionPipeline(
+            pipeline: Any = StableDiffusionPipeline(
                 vae=self.vae,
                 text_encoder=self.text_encoder,
                 tokenizer=self.tokenizer,
