@@ -74,6 +74,12 @@ class Adapter(abc.ABC):
             )
         self.num_params(shape)  # an adapter with conditions of its own states them in its sizes
 
+    @final
+    def factor_shapes(self, shape: Shape) -> dict[str, Shape]:
+        """The shape of each factor of such a weight; allocates none of them."""
+        start = self.init(torch.empty(shape, device="meta"), Generator())
+        return {name: tuple(factor.shape) for name, factor in start.items()}
+
 
 @dataclass(frozen=True)
 class Additive(Adapter):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lyco_lab.adapters import plan
-from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.base import Adapter, Factors
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.seeds import generator
 
@@ -158,6 +158,12 @@ class Mounted:
     def num_params(self) -> int:
         return sum(factor.numel() for factor in self.parameters())
 
+    def factors(self, name: str) -> Factors:
+        """The factors of one layer, by their names in the adapter."""
+        if name not in self._factors:
+            raise UserError(f"no adapted layer {name!r}{nearest(name, self._factors)}")
+        return dict(self._factors[name].items())
+
     def base_weight(self, name: str) -> nn.Parameter:
         """The frozen weight of a layer, merged or not."""
         if name not in self.layers:
@@ -166,8 +172,8 @@ class Mounted:
 
     def delta(self, name: str) -> Tensor:
         """W' - W of a layer as applied, strength included, with no rounding from a sum with W."""
-        weight, factors = self.base_weight(name), dict(self._factors[name].items())
-        return plan.weight_delta(self.adapter, weight, factors, self._strength)
+        weight = self.base_weight(name)
+        return plan.weight_delta(self.adapter, weight, self.factors(name), self._strength)
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
@@ -230,7 +236,7 @@ class Mounted:
         """
         self._need("mounted", "merge")
         for name, layer in self.layers.items():
-            weight, factors = self.base_weight(name), dict(self._factors[name].items())
+            weight, factors = self.base_weight(name), self.factors(name)
             merged = plan.adapted_weight(self.adapter, weight, factors, self._strength)
             # Another parameter, not another value: a layer that shares the old one is no target.
             self._base[name] = weight

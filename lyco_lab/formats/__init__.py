@@ -1,0 +1,1 @@
+"""Adapter files: one file here per dialect that other programs read."""
