@@ -88,4 +88,12 @@ def records(raw: bytes):
 
 
 def _items(items: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    """A list of keys, single or nested, and JSON values, as nested dicts."""
+    found: dict[str, Any] = {}
+    for item in items:
+        *parents, last = item.nested_key or [item.key]
+        here = found
+        for parent in parents:
+            here = here.setdefault(parent, {})
+        here[last] = json.loads(item.value_json)
+    return found
