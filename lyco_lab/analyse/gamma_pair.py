@@ -49,7 +49,7 @@ class Verdict:
     @property
     def largest_gap(self) -> float:
         """The largest |difference| of two losses; NaN if one of them is NaN."""
-        gaps = [abs(a - b) for _, a, b in self.losses if not bits(a) == bits(b)]
+        gaps = [abs(a - b) for _, a, b in self.losses if bits(a) != bits(b)]
         return max(gaps, key=lambda gap: (math.isnan(gap), gap), default=0.0)
 
     @property

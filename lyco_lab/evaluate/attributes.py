@@ -55,6 +55,7 @@ class AttributeAccuracy(Metric):
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
+    columns: ClassVar[dict[str, str]] = {"attribute_accuracy_alter": "alter"}
 
     def measure(self, view: View) -> dict[str, Score]:
         asked = [
@@ -82,6 +83,7 @@ class ConceptAccuracy(Metric):
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = 1.0
+    columns: ClassVar[dict[str, str]] = {"concept_accuracy_trigger": "trigger"}
 
     def measure(self, view: View) -> dict[str, Score]:
         asked = [{CONCEPT_FAMILY: concept} if concept else {} for concept in view.concepts]

@@ -10,7 +10,7 @@ Shapes: N images looked at, M training images, D features.
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, Protocol
@@ -27,7 +27,7 @@ class Judges(Protocol):
     """The encoders that metrics read images with; lyco_lab.miniature.judges has one such set."""
 
     @property
-    def vocabulary(self) -> dict[str, list[str]]: ...
+    def vocabulary(self) -> Mapping[str, Sequence[str]]: ...
 
     def clip_image(self, images: Images) -> Tensor: ...
 
@@ -47,7 +47,7 @@ def unit(x_ND: Tensor) -> Tensor:
 
 
 def gram(psi_NCHW: Tensor) -> Tensor:
-    """G = psi psi^T / (c h w) of every image, (N, C, C): which channels fire together, not where."""
+    """G = psi psi^T / (c h w) per image, (N, C, C): which channels fire together, not where."""
     psi_NCP = torch.as_tensor(psi_NCHW).double().flatten(2)
     return psi_NCP @ psi_NCP.mT / (psi_NCP.shape[1] * psi_NCP.shape[2])
 
@@ -127,7 +127,8 @@ class View:
                 )
         if self.base is not None and len(self.base) != len(self.images):
             raise ValueError(
-                f"{len(self.images)} images cannot be paired with {len(self.base)} of the base model"
+                f"{len(self.images)} images cannot be paired with {len(self.base)} "
+                "of the base model"
             )
 
     @property
@@ -171,7 +172,7 @@ class Score:
         return float(np.std(draws, ddof=1) / np.sqrt(len(draws)))
 
 
-def per_image(values: Tensor | Sequence[float], view: View) -> Score:
+def per_image(values: Iterable[float] | Tensor, view: View) -> Score:
     return Score(tuple(float(v) for v in values), tuple(view.prompts), "image")
 
 
@@ -183,6 +184,7 @@ class Metric(abc.ABC):
     better: ClassVar[Literal["higher", "lower"]]
     low: ClassVar[float]  # claim: every value lies in [low, high]
     high: ClassVar[float]
+    columns: ClassVar[dict[str, str]]  # column of a study's table -> prompt type it is quoted on
 
     @abc.abstractmethod
     def measure(self, view: View) -> dict[str, Score]:

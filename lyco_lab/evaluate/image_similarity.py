@@ -46,6 +46,10 @@ class ImageSimilarity(Metric):
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     low: ClassVar[float] = -1.0
     high: ClassVar[float] = 1.0
+    columns: ClassVar[dict[str, str]] = {
+        "image_similarity_train": "train",
+        "image_similarity_alter": "alter",
+    }
 
     def measure(self, view: View) -> dict[str, Score]:
         if view.is_real:

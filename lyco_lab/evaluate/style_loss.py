@@ -36,6 +36,7 @@ class StyleLoss(Metric):
     better: ClassVar[Literal["higher", "lower"]] = "lower"
     low: ClassVar[float] = 0.0
     high: ClassVar[float] = float("inf")
+    columns: ClassVar[dict[str, str]] = {"style_loss": "style"}
 
     def measure(self, view: View) -> dict[str, Score]:
         if view.base is None:  # the training images have no partner

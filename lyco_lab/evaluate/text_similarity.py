@@ -8,10 +8,10 @@ pairs. Range [-1, 1], higher is better. The value is the raw cosine, not multipl
 A trigger word means nothing to an encoder that never saw it, so published numbers differ by what
 was done with it. The option `evaluate.trigger_in_text` names it:
 
-    drop   the trigger goes, the class word stays: "vokael character at the beach"
-           is scored as "character at the beach" (the paper's choice for characters)
-    class  the whole of "trigger class" becomes the class's own name (its choice for scenes, toys)
-    keep   the prompt as it was generated from
+    keep   the prompt as it was generated from: "vokael character, in the forest"
+    class  without the trigger: "character, in the forest" (the paper's choice for characters,
+           scenes and toys)
+    drop   without trigger and class word: "in the forest" (its choice for styles and outfits)
 
 The text per option travels with every prompt (`scored_text`); this file only compares.
 
@@ -43,6 +43,7 @@ class TextSimilarity(Metric):
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     low: ClassVar[float] = -1.0
     high: ClassVar[float] = 1.0
+    columns: ClassVar[dict[str, str]] = {"text_similarity_alter": "alter"}
 
     def measure(self, view: View) -> dict[str, Score]:
         # Many images share a text; it is encoded once.

@@ -1,6 +1,7 @@
 """Vendi score: the effective number of different images in a set.
 
-    V = exp(-sum_k lambda_k log lambda_k),        lambda = eigenvalues of K / n,   K_ij = cos(x_i, x_j)
+    V = exp(-sum_k lambda_k log lambda_k)
+    lambda = eigenvalues of K / n,  K_ij = cos(x_i, x_j)
 
 The exponential of an entropy: n identical images give 1, n orthogonal ones n, and c equal clusters
 give c. Range [1, n], higher is more diverse. It grows with n, so only sets of one size compare.
@@ -46,6 +47,7 @@ class Vendi(Metric):
     better: ClassVar[Literal["higher", "lower"]] = "higher"
     low: ClassVar[float] = 1.0
     high: ClassVar[float] = float("inf")
+    columns: ClassVar[dict[str, str]] = {"vendi_trigger": "trigger"}
 
     def measure(self, view: View) -> dict[str, Score]:
         x_ND = view.images.features_ND

@@ -1,0 +1,29 @@
+"""Rows -> the table that a study's page and the paper quote, and the verdict on its pairs."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from lyco_lab.analyse import gamma_pair
+from lyco_lab.analyse.gamma_pair import Verdict
+from lyco_lab.analyse.table import study_folder, table
+from lyco_lab.config import Study
+
+GAMMA = "gamma.csv"
+
+
+def analyse(study: Study, root: Path) -> tuple[pd.DataFrame, list[Verdict]]:
+    """Write a study's results.csv and, if it has pairs, gamma.csv; return what is in them."""
+    return table(study, root), verdicts(study, root)
+
+
+def verdicts(study: Study, root: Path) -> list[Verdict]:
+    """One verdict for each pair of the study."""
+    found = []
+    for gamma, rewritten in study.pairs:
+        folders = [root / study.run(name).folder_name for name in (gamma, rewritten)]
+        losses = [gamma_pair.read_losses(folder / "train" / "metrics.csv") for folder in folders]
+        found.append(gamma_pair.compare(gamma, rewritten, *losses))
+    if found:
+        gamma_pair.write(found, study_folder(study, root) / GAMMA)
+    return found

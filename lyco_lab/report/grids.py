@@ -1,0 +1,105 @@
+"""Image grids: what each model makes of the same prompts with the same seeds.
+
+A column is a prompt with its seed, a row a model, so looking down a column shows what the adapter
+changed and nothing else. Training images come first, as what was to be learnt.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+COLUMNS = {"train": 1, "trigger": 2, "alter": 5, "style": 2}  # how many prompts of each type
+LARGEST = 256  # pixels; larger images are shown reduced, as the page carries all of them
+
+
+@dataclass(frozen=True)
+class Column:
+    kind: str
+    prompt: str
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    uri: str
+    alt: str
+
+
+@dataclass(frozen=True)
+class GridRow:
+    label: str
+    role: str  # real, base or run
+    series: int
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Grid:
+    concept: str
+    category: str
+    columns: tuple[Column, ...]
+    rows: tuple[GridRow, ...]
+
+    @property
+    def kinds(self) -> list[tuple[str, int]]:
+        """(prompt type, number of neighbouring columns), for the head that spans them."""
+        names = [column.kind for column in self.columns]
+        return [(kind, names.count(kind)) for kind in dict.fromkeys(names)]
+
+
+def choose_columns(images: pd.DataFrame) -> tuple[Column, ...]:
+    """A few prompts of each type, different ones as far as there are."""
+    columns = []
+    for kind in dict.fromkeys(images["kind"]):
+        rows = images[images["kind"] == kind]
+        first = rows.drop_duplicates("prompt")
+        wanted = COLUMNS.get(kind, 2)
+        chosen = pd.concat([first, rows.drop(first.index)]).head(wanted).sort_values("index")
+        columns += [Column(kind, r.prompt, int(r.seed), int(r.index_)) for r in _named(chosen)]
+    return tuple(columns)
+
+
+def _named(rows: pd.DataFrame) -> list:  # type: ignore[type-arg]
+    return list(rows.rename(columns={"index": "index_"}).itertuples())
+
+
+def model_row(
+    label: str, role: str, series: int, images: pd.DataFrame, columns: Sequence[Column]
+) -> GridRow:
+    """One model's images of the columns' prompts."""
+    files = images.set_index(["kind", "index"])["file"]
+    cells = [
+        Cell(data_uri(Path(files[c.kind, c.index])), f"{label}: {c.prompt} (seed {c.seed})")
+        for c in columns
+    ]
+    return GridRow(label, role, series, tuple(cells))
+
+
+def real_row(files: Sequence[Path], captions: Sequence[str], count: int) -> GridRow:
+    """Training images, spread evenly over the folder."""
+    step = max(1, len(files) // count)
+    chosen = list(range(0, len(files), step))[:count]
+    cells = [Cell(data_uri(files[i]), f"training image: {captions[i]}") for i in chosen]
+    return GridRow("training images", "real", 0, tuple(cells))
+
+
+def data_uri(file: Path) -> str:
+    """The image itself as a URI; small files byte for byte, so that what is seen was scored."""
+    with Image.open(file) as image:
+        if file.suffix.lower() == ".png" and max(image.size) <= LARGEST:
+            return _uri("image/png", file.read_bytes())
+        reduced = image.convert("RGB")
+    reduced.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    reduced.save(buffer, format="WEBP", quality=88)
+    return _uri("image/webp", buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,245 @@
+"""The page of a study: question, findings, table, images, charts, and how it was made.
+
+One HTML file that holds everything it shows: images as data URIs, charts as inline SVG, styles in
+the page, no script, no request to anywhere (its own Content-Security-Policy forbids them).
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from markupsafe import Markup
+
+from lyco_lab.analyse.gamma_pair import Verdict, exact
+from lyco_lab.analyse.table import BASE, concept_name, quoted, record_of, study_folder
+from lyco_lab.config import Run, Study
+from lyco_lab.data.stage import dataset
+from lyco_lab.evaluate.stage import REAL
+from lyco_lab.generate import STAGE as GENERATED
+from lyco_lab.generate import base_folder, read_table
+from lyco_lab.record import atomic
+from lyco_lab.report import figures, grids
+from lyco_lab.report.findings import findings
+
+REPORT = "report.html"
+X, Y = "text_similarity_alter", "image_similarity_alter"
+X_TITLE, Y_TITLE = "text similarity → obeys", "image similarity → resembles"
+NAMES = {BASE: "base model", REAL: "training images"}
+SHOWN_STEPS = 3  # of a gamma pair's losses, at either end
+
+
+@dataclass(frozen=True)
+class TableCell:
+    text: str
+    error: str
+    best: bool
+
+
+@dataclass(frozen=True)
+class TableRow:
+    label: str
+    role: str
+    series: int
+    cells: tuple[TableCell, ...]
+    params: str
+    seconds: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    title: str
+    svg: Markup
+
+
+@dataclass(frozen=True)
+class GammaSection:
+    verdict: Verdict
+    chart: Markup
+    steps: tuple[tuple[int, str, str], ...]  # a few, as hexadecimal floats
+
+
+def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Verdict]) -> Path:
+    """Write `root/STUDY/report.html` from the study's table and the folders of its runs."""
+    numbers = series(study)
+    by_name = {run.name: short_name(run) for run in study.runs}
+    results = results.assign(label=[NAMES.get(n, by_name.get(n, n)) for n in results["run"]])
+    html = _template().render(
+        study=study,
+        legend=list(numbers.items()),
+        findings=findings(results, list(verdicts), len({run.seed for run in study.runs})),
+        heads=[(metric, kind) for metric, kind in quoted().values()],
+        tables=[
+            (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers))
+            for concept, rows in results.groupby("concept", sort=False)
+        ],
+        grids=[grid(members, root, numbers) for members in by_concept(study).values()],
+        scatters=scatters(results, numbers),
+        losses=losses(study, root, numbers),
+        gammas=[gamma_section(verdict) for verdict in verdicts],
+        settings=study.runs[0],
+        swatch=lambda number, role="run": Markup(_swatch(number, role)),
+    )
+    path = study_folder(study, root) / REPORT
+    with atomic(path) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+    return path
+
+
+def short_name(run: Run) -> str:
+    """The run's name without its concept, which every place on the page shows anyway."""
+    parts = [part for part in run.name.split("-") if part != concept_name(run)]
+    return "-".join(parts) or run.name
+
+
+def series(study: Study) -> dict[str, int]:
+    """Label -> its colour and shape, the same wherever the page shows it."""
+    return {label: i for i, label in enumerate(dict.fromkeys(map(short_name, study.runs)))}
+
+
+def by_concept(study: Study) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in study.runs:
+        found.setdefault(concept_name(run), []).append(run)
+    return found
+
+
+def table_rows(rows: pd.DataFrame, numbers: dict[str, int]) -> list[TableRow]:
+    """One concept's rows; the best of each column among the runs is marked, ties included."""
+    runs = rows[~rows["adapter"].isin(list(NAMES))]
+    best = {}
+    for column, (metric, _) in quoted().items():
+        best[column] = runs[column].max() if metric.better == "higher" else runs[column].min()
+    found = []
+    for row in rows.to_dict("records"):
+        role = row["adapter"] if row["adapter"] in NAMES else "run"
+        cells = []
+        for column in quoted():
+            value, error = row[column], row[f"{column}_se"]
+            text = f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.2f}"
+            cells.append(
+                TableCell(
+                    "–" if math.isnan(value) else text.replace("-", "−"),
+                    "" if math.isnan(error) else f"{error:.1g}" if error < 1e-2 else f"{error:.2f}",
+                    role == "run" and len(runs) > 1 and value == best[column],
+                )
+            )
+        params, seconds = row.get("trainable_params"), row.get("train_seconds")
+        found.append(
+            TableRow(
+                row["label"],
+                role,
+                numbers.get(row["label"], 0),
+                tuple(cells),
+                f"{int(params):,}".replace(",", " ") if role == "run" and params else "–",
+                f"{seconds:.0f} s" if role == "run" and seconds is not None else "–",
+            )
+        )
+    return found
+
+
+def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:
+    """The images of all runs of one concept."""
+    records = [record_of(run, root) for run in members]
+    tables = [read_table(record.path / GENERATED) for record in records]
+    columns = grids.choose_columns(tables[0])
+    images = dataset(members[0], records[0])
+    before = read_table(base_folder(members[0], records[0]))
+    rows = [
+        grids.real_row([item.file for item in images.items], images.captions, len(columns)),
+        grids.model_row(NAMES[BASE], BASE, 0, before, columns),
+    ]
+    for run, made in zip(members, tables, strict=True):
+        label = short_name(run)
+        rows.append(grids.model_row(label, "run", numbers[label], made, columns))
+    return grids.Grid(concept_name(members[0]), images.category, columns, tuple(rows))
+
+
+def scatters(results: pd.DataFrame, numbers: dict[str, int]) -> list[Chart]:
+    """Fidelity over controllability, a panel per concept, all on the same axes."""
+    panels = {
+        str(concept): [
+            figures.Point(
+                row["label"],
+                numbers.get(row["label"], 0),
+                row[X],
+                row[Y],
+                row[f"{X}_se"],
+                row[f"{Y}_se"],
+                row["adapter"] if row["adapter"] in NAMES else "run",
+            )
+            for row in rows.to_dict("records")
+        ]
+        for concept, rows in results.groupby("concept", sort=False)
+    }
+    axes = figures.scatter_axes([p for ps in panels.values() for p in ps], X_TITLE, Y_TITLE)
+    said = "image similarity over text similarity on alter prompts, one mark per model"
+    return [
+        Chart(concept, Markup(figures.scatter(points, axes, f"{concept}: {said}")))
+        for concept, points in panels.items()
+    ]
+
+
+def losses(study: Study, root: Path, numbers: dict[str, int]) -> list[Chart]:
+    """Training losses, a panel per concept, all on the same axes."""
+    panels = {}
+    for concept, members in by_concept(study).items():
+        lines = []
+        for run in members:
+            steps, values = read_curve(root / run.folder_name / "train" / "metrics.csv")
+            label = short_name(run)
+            lines.append(figures.smoothed(steps, values, label, numbers[label]))
+        panels[concept] = lines
+    axes = figures.curve_axes([line for ls in panels.values() for line in ls], "step", "loss")
+    said = "running mean of the training loss over steps, one line per run"
+    return [
+        Chart(concept, Markup(figures.curves(lines, axes, f"{concept}: {said}")))
+        for concept, lines in panels.items()
+    ]
+
+
+def read_curve(path: Path) -> tuple[list[int], list[float]]:
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [int(row["step"]) for row in rows], [exact(row["loss"]) for row in rows]
+
+
+def gamma_section(verdict: Verdict) -> GammaSection:
+    """The two curves on top of each other, and the first and last losses in full."""
+    steps = [step for step, _, _ in verdict.losses]
+    lines = [
+        figures.smoothed(steps, [row[1] for row in verdict.losses], verdict.gamma_run, 0),
+        figures.smoothed(steps, [row[2] for row in verdict.losses], verdict.rewritten_run, 1),
+    ]
+    axes = figures.curve_axes(lines, "step", "loss")
+    said = f"training losses of {verdict.gamma_run} and {verdict.rewritten_run}, one over the other"
+    shown = list(verdict.losses)
+    if len(shown) > 2 * SHOWN_STEPS:
+        shown = shown[:SHOWN_STEPS] + shown[-SHOWN_STEPS:]
+    return GammaSection(
+        verdict,
+        Markup(figures.curves(lines, axes, said, css="twin")),
+        tuple((step, a.hex(), b.hex()) for step, a, b in shown),
+    )
+
+
+def _swatch(number: int, role: str) -> str:
+    mark = figures.marker(number, role, 8, 8)
+    return f'<svg class="swatch" viewBox="0 0 16 16" aria-hidden="true">{mark}</svg>'
+
+
+def _template() -> jinja2.Template:
+    environment: Any = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template: jinja2.Template = environment.get_template("page.html.j2")
+    return template
