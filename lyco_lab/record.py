@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from omegaconf import OmegaConf
+import yaml
 
 from lyco_lab.errors import UserError
 
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
+STAGES = ("data", "train", "generate", "evaluate")  # of a run, in order
 LABELS = ("name", "study", "wandb")  # what a run is called and where it is shown: not its result
 
 
@@ -114,7 +115,7 @@ class Record:
             else:
                 path.mkdir(parents=True, exist_ok=True)
             with atomic(path / "config.yaml") as temporary:
-                temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(run.to_dict())))
+                temporary.write_text(yaml.safe_dump(run.to_dict(), sort_keys=False))
         return cls(path)
 
     def done(self, stage: str) -> bool:
@@ -136,23 +137,26 @@ class Record:
 
 
 def _check_same_configuration(path: Path, run: Configured) -> None:
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path / "config.yaml"))
-    except FileNotFoundError:
+    file = path / "config.yaml"
+    if not file.is_file():
         # A kill between creating the folder and its first file leaves only temporary ones.
         if all(child.name.startswith(".part-") for child in path.iterdir()):
             return
-        raise UserError(f"{path} holds other files and no config.yaml: not a run") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}/config.yaml is not a run's configuration")
-    ours, theirs = (
-        _flat(identity(c)) for c in (run.to_dict(), {str(k): v for k, v in found.items()})
-    )
+        raise UserError(f"{path} holds other files and no config.yaml: it is not a run")
+    try:
+        found = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, OSError):
+        found = None
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{file} cannot be read; delete the folder or write elsewhere with --out")
+    theirs = _flat(identity({str(key): value for key, value in found.items()}))
+    ours = _flat(identity(run.to_dict()))
     for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
+        there, here = (repr(c[key]) if key in c else "missing" for c in (theirs, ours))
+        if there != here:
             raise UserError(
-                f"{path} was made by another configuration: there {key} is {theirs.get(key)!r}, "
-                f"here {ours.get(key)!r}; delete the folder or write elsewhere with --out"
+                f"{path} was made by another configuration: there {key} is {there}, here {here}; "
+                "delete the folder or write elsewhere with --out"
             )
 
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lyco_lab.adapters import ADAPTERS
-from lyco_lab.config.run import Run, adapter_class
+from lyco_lab.config.run import DEFAULT_ADAPTER, Run, adapter_class
 from lyco_lab.errors import UserError, nearest
 
 Nested = dict[str, Any]
@@ -84,21 +84,37 @@ def nest(flat: Mapping[Any, Any], origin: str) -> Nested:
         inner = {rest: value} if rest else value
         if isinstance(inner, Mapping):
             inner = nest(inner, origin)
-            if isinstance(nested.get(first), dict):
-                inner = _merge(nested[first], inner)
-        elif first in nested:
-            raise UserError(f"{first} is given twice in {origin}")
-        nested[first] = inner
+        nested[first] = _join(nested[first], inner, first, origin) if first in nested else inner
     return nested
+
+
+def _join(one: Any, other: Any, path: str, origin: str) -> Nested:
+    """Two mappings without a key in common."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        raise UserError(f"{path} is given twice in {origin}")
+    joined = one | other
+    for key in one.keys() & other.keys():
+        joined[key] = _join(one[key], other[key], f"{path}.{key}", origin)
+    return joined
 
 
 def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
     """The run that results from `layers`, the last one winning."""
     merged: Nested = {}
     typed: Nested = {}
+    loose: dict[str, str] = {}  # adapter settings given without a kind, and where
     for layer in layers:
         values = nest(layer.values, layer.origin)
         check_keys(values, layer.origin)
+        section = values.get("adapter", {})
+        if "kind" not in section:
+            loose |= dict.fromkeys(section, layer.origin)
+        elif loose and _kind(section) != _kind(merged.get("adapter", {})):
+            key, origin = loose.popitem()
+            raise UserError(
+                f"adapter.{key} in {origin} would be lost, as {layer.origin} changes the kind to "
+                f"{section['kind']!r}: give it together with its kind"
+            )
         merged = _merge(merged, values)
         typed = _typed(merged, layer.origin)
     sections = {key: cls(**typed.pop(key, {})) for key, cls in SECTIONS.items()}
@@ -136,11 +152,14 @@ def _merge(below: Nested, above: Nested) -> Nested:
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            kinds = [str(section.get("kind", "")).lower() for section in (old, value)]
-            changes_kind = key == "adapter" and kinds[1] not in ("", kinds[0])
+            changes_kind = key == "adapter" and "kind" in value and _kind(value) != _kind(old)
             value = value if changes_kind else _merge(old, value)
         merged[key] = value
     return merged
+
+
+def _kind(section: Nested) -> str:
+    return str(section.get("kind", DEFAULT_ADAPTER["kind"])).lower()
 
 
 def _typed(merged: Nested, origin: str) -> Nested:
@@ -162,6 +181,7 @@ def _typed(merged: Nested, origin: str) -> Nested:
 
 
 def _adapter(section: Nested, origin: str) -> Nested:
+    section = DEFAULT_ADAPTER | section
     try:
         cls = adapter_class(section)
     except UserError as error:
@@ -191,7 +211,7 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
             if exact in allowed and value is not None and not isinstance(value, exact):
                 raise wrong
         try:
-            schema[key] = tuple(value) if isinstance(value, list) else value
+            OmegaConf.update(schema, key, tuple(value) if isinstance(value, list) else value)
         except (OmegaConfBaseException, TypeError) as error:
             raise wrong from error
         typed[key] = tuple(schema[key]) if isinstance(value, list) else schema[key]

@@ -22,6 +22,7 @@ OPTIMIZERS = ("adamw", "sgd")
 PROMPT_TYPES = ("train", "trigger", "alter", "style")
 TRIGGER_RULES = ("drop", "keep", "class")
 WANDB_MODES = ("offline", "online", "disabled")
+DEFAULT_ADAPTER = {"kind": "lora"}
 
 
 def need(condition: bool, key: str, value: object, needed: str) -> None:
@@ -170,7 +171,7 @@ class Run:
     seed: int = 0
     model: Model = Model()
     data: Data
-    adapter: dict[str, Any] = field(default_factory=lambda: {"kind": "lora"})
+    adapter: dict[str, Any] = field(default_factory=DEFAULT_ADAPTER.copy)
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()

@@ -85,9 +85,6 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
         for run in _runs(name, variant, common, given):
             if run.name in runs:
                 raise UserError(f"two runs of {path} are called {run.name!r}: name them apart")
-            twin = next((r.name for r in runs.values() if r.hash == run.hash), None)
-            if twin:
-                raise UserError(f"{twin!r} and {run.name!r} of {path} are the same configuration")
             runs[run.name] = run
             settings[run.name] = variant.settings
     pairs = tuple(_pairs(read, list(runs), path))
@@ -98,6 +95,12 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
                     f"{key} cannot be set for every run: the pair {first}, {second} of {path} "
                     "needs a value of its own for each; change it there"
                 )
+    by_hash: dict[str, str] = {}
+    for run in runs.values():
+        if run.hash in by_hash:
+            twins = f"{by_hash[run.hash]!r} and {run.name!r}"
+            raise UserError(f"{twins} of {path} are the same configuration: leave one out")
+        by_hash[run.hash] = run.name
     return Study(
         name=name,
         question=read["question"].strip(),

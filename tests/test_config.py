@@ -1,0 +1,446 @@
+"""Studies become valid runs, or one line that says which setting is wrong and where it stands."""
+
+import dataclasses
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lyco_lab import gamma
+from lyco_lab.adapters import ADAPTERS
+from lyco_lab.config import Data, Evaluate, Generate, Model, Run, Train, Wandb, load_study
+from lyco_lab.config.compose import KEYS, SECTIONS, parse_overrides, read_yaml
+from lyco_lab.config.run import LAYER_PRESETS
+from lyco_lab.diffusion import targets
+from lyco_lab.errors import UserError
+from lyco_lab.record import Record
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+HEAD = "question: Does it work?\nexpectation: It does.\n"
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Write a study.yaml and load it."""
+
+    def load(body="", overrides=(), head=HEAD):
+        folder = tmp_path / "mine"
+        folder.mkdir(exist_ok=True)
+        (folder / "study.yaml").write_text(head + textwrap.dedent(body))
+        return load_study(folder, overrides)
+
+    return load
+
+
+@pytest.fixture
+def refused(study):
+    """The message of the error that a study ends in."""
+
+    def load(body="set: {data: {concept: kael}}", overrides=(), **options):
+        with pytest.raises(UserError) as caught:
+            study(body, overrides, **options)
+        message = str(caught.value)
+        assert "\n" not in message
+        return message
+
+    return load
+
+
+def a_run(**changes):
+    return Run(**{"name": "x", "study": "s", "data": Data(concept="kael")} | changes)
+
+
+# What is read
+
+
+def test_defaults_base_study_and_command_line_override_in_this_order(study, tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {lr: 1e-4, steps: 50, batch_size: 3}\nseed: 5\n")
+    (run,) = study(
+        """
+        base: ../base.yaml
+        set: {train: {steps: 60, batch_size: 6}, data: {concept: kael}}
+        """,
+        ["train.batch_size=7"],
+    ).runs
+    assert (run.train.lr, run.train.steps, run.train.batch_size) == (1e-4, 60, 7)
+    assert (run.seed, run.train.eps, run.data.concept) == (5, Train().eps, "kael")
+    assert (run.name, run.study) == ("mine", "mine")
+
+
+def test_a_grid_is_every_combination_and_names_its_runs(study):
+    loaded = study(
+        """
+        set: {data.concept: kael}
+        grid: {adapter.rank: [2, 4], model.preset: [attn-mlp, full], seed: [0]}
+        """
+    )
+    assert [run.name for run in loaded.runs] == [
+        "rank2-attn_mlp-seed0",
+        "rank2-full-seed0",
+        "rank4-attn_mlp-seed0",
+        "rank4-full-seed0",
+    ]
+    assert [run.adapter["rank"] for run in loaded.runs] == [2, 2, 4, 4]
+    assert loaded.run("rank4-full-seed0").model.preset == "full"
+
+
+VARIANTS = """
+    set: {train: {steps: 40}}
+    grid: {data.concept: [kael, octo]}
+    runs:
+      - name: lora
+        set: {adapter: {kind: LoRA, rank: 2}}
+      - name: plain
+        set: {adapter: {kind: native}, train: {lr: 1e-4}}
+      - name: alone
+        grid: {}
+        set: {data: {concept: arch}}
+    pairs:
+      - [lora-kael, lora-octo]
+"""
+
+
+def test_variants_combine_with_the_grid_unless_they_have_their_own(study):
+    loaded = study(VARIANTS)
+    names = ["lora-kael", "lora-octo", "plain-kael", "plain-octo", "alone"]
+    assert [run.name for run in loaded.runs] == names
+    assert loaded.runs[3].adapter == {"kind": "native"}
+    assert loaded.runs[3].train == Train(steps=40, lr=1e-4)
+    assert loaded.runs[4].data == Data(concept="arch")
+    assert loaded.pairs == (("lora-kael", "lora-octo"),)
+    assert (loaded.question, loaded.expectation) == ("Does it work?", "It does.")
+
+
+def test_a_setting_of_the_grid_on_the_command_line_shrinks_the_grid(study):
+    body = VARIANTS.split("pairs:")[0].replace("alone", "alone2").replace("arch", "falls")
+    loaded = study(body, ["data.concept=dino"])
+    assert [run.name for run in loaded.runs] == ["lora-dino", "plain-dino", "alone2"]
+    assert {run.data.concept for run in loaded.runs} == {"dino"}
+
+
+def test_an_adapter_has_the_defaults_of_its_kind_and_forgets_another_kind(study):
+    (run,) = study(
+        """
+        set: {data.concept: kael, adapter: {kind: lora, conv_rank: 3}}
+        runs: [{name: lokr, set: {adapter.kind: LoKr}}]
+        """,
+        ["adapter.factor=4"],
+    ).runs
+    assert run.adapter_value() == ADAPTERS["lokr"](factor=4)
+    assert run.adapter == {"kind": "lokr"} | dataclasses.asdict(ADAPTERS["lokr"](factor=4))
+
+
+def test_a_setting_without_a_kind_stays_when_its_kind_is_named_and_is_never_lost(study, refused):
+    (run,) = study("set: {data.concept: kael, adapter.rank: 3}", ["adapter.kind=lora"]).runs
+    assert run.adapter["rank"] == 3
+    body = "set: {data.concept: kael, adapter.rank: 3}\ngrid: {adapter.kind: [lora, loha]}"
+    assert "adapter.rank" in refused(body) and "would be lost" in refused(body)
+
+
+def test_interpolation_is_resolved(study):
+    (run,) = study("set: {data.concept: kael, train: {lr: 1e-3, text_encoder_lr: '${.lr}'},"
+                   " model.text_encoder: true}").runs  # fmt: skip
+    assert run.train.text_encoder_lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("1e-3", 1e-3), ("null", None), ("[1, 2]", [1, 2]), ("a=b", "a=b"), ("'no'", "no")],
+)
+def test_overrides_are_read_as_yaml(word, value):
+    assert parse_overrides([f"train.lr={word}"]) == {"train.lr": value}
+
+
+def test_base_yaml_spells_out_every_setting_with_its_default():
+    base = read_yaml(EXPERIMENTS / "base.yaml")
+    spelled = {"seed": 0} | {name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()
+                             if name != "data"}  # fmt: skip
+    spelled["data"] = {field.name: None for field in dataclasses.fields(Data)}
+    lora = dataclasses.asdict(ADAPTERS["lora"]())
+    assert base == json.loads(json.dumps(spelled)) | {"adapter": {"kind": "lora"} | lora}
+
+
+def test_the_presets_are_those_that_exist():
+    assert LAYER_PRESETS == targets.PRESETS
+
+
+# The studies that ship
+
+
+@pytest.mark.parametrize(
+    "path", sorted(EXPERIMENTS.glob("*/study.yaml")), ids=lambda p: p.parent.name
+)
+def test_every_study_loads(path):
+    loaded = load_study(path.parent)
+    assert loaded.runs and loaded.name == path.parent.name
+
+
+def test_the_pairs_of_the_demo_are_rewritten_as_the_theorem_says():
+    demo = load_study(EXPERIMENTS / "demo")
+    assert demo.pairs
+    for first, second in demo.pairs:
+        original, folded = demo.run(first), demo.run(second)
+        adapter, shape = original.adapter_value(), (96, 96)
+        factor = adapter.gamma(shape)
+        assert factor != 1 and folded.adapter_value().gamma(shape) == 1
+        assert gamma.is_power_of_two(gamma.scale(factor, adapter.degree(shape)))
+        keys = ("init_scale", "lr", "eps", "weight_decay", "grad_clip")
+        hyper = {key: getattr(original.train, key) for key in keys}
+        expected = gamma.rewrite(factor, adapter.degree(shape), original.train.optimizer, hyper)
+        assert folded.train == dataclasses.replace(original.train, **dataclasses.asdict(expected))
+        same = {"name": first, "adapter": original.adapter, "train": original.train}
+        assert dataclasses.replace(folded, **same) == original
+
+
+# What names a run
+
+
+def test_the_hash_ignores_what_cannot_change_the_result():
+    run = a_run()
+    assert run.hash == a_run(name="y", study="t", wandb=Wandb(mode="disabled")).hash
+    assert run.hash == a_run(adapter={"kind": "lora", "rank": 8}).hash  # its default
+    assert run.hash == a_run(adapter={"kind": "LoRA"}).hash
+    assert run.folder_name == f"x-{run.hash}"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"data": Data(concept="octo")},
+        {"data": Data(folder="kael")},
+        {"model": Model(text_encoder=True)},
+        {"adapter": {"kind": "lora", "rank": 9}},
+        {"adapter": {"kind": "loha", "rank": 8}},
+        {"train": Train(lr=2e-3)},
+        {"generate": Generate(seed=1)},
+        {"evaluate": Evaluate(trigger_in_text="keep")},
+    ],
+    ids=str,
+)
+def test_the_hash_sees_everything_else(change):
+    assert a_run(**change).hash != a_run().hash
+
+
+@given(
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+    folder=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
+    betas=st.tuples(*[st.floats(min_value=0, max_value=1, exclude_max=True)] * 2),
+)
+def test_a_run_survives_the_way_to_its_folder_and_back(tmp_path_factory, lr, folder, betas):
+    root = tmp_path_factory.mktemp("runs")
+    run = a_run(data=Data(folder=folder), train=Train(lr=lr, betas=betas))
+    path = Record.open(root, run).path
+    assert Record.open(root, run).path == path  # its config.yaml reads as what it was
+    read = read_yaml(path / "config.yaml") if "${" not in folder else run.to_dict()
+    assert read["train"] == run.to_dict()["train"]
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "1e3", "12:30:45", "4:3", "null", "~", "0777", "${x}", "on"]
+)
+def test_words_that_yaml_would_read_as_something_else_come_back(tmp_path, text):
+    run = a_run(data=Data(folder=text))
+    assert Record.open(tmp_path, run) == Record.open(tmp_path, run)
+
+
+# What is refused: settings
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("trian.lr=1", ["'trian.lr'", "the command line", "did you mean 'train.lr'?"]),
+        ("trian.stpes=1", ["did you mean 'train.steps'?"]),
+        ("lr=1", ["did you mean 'train.lr'?"]),
+        ("train.stpes=1", ["did you mean 'train.steps'?"]),
+        ("train.types=[train]", ["did you mean 'generate.types'?"]),
+        ("rank=1", ["did you mean 'adapter.rank'?"]),
+        ("adapter.factor=4", ["'lora' has no 'factor'", "it takes rank, alpha"]),
+        ("adapter.rnk=4", ["did you mean 'adapter.rank'?"]),
+        ("name=x", ["'name'"]),
+        ("train.lr.a=1", ["'train.lr.a'"]),
+        ("train=1", ["train is 1", "needs keys"]),
+        ("train={}", ["train is {}", "needs keys"]),
+        ("train.steps=1.5", ["train.steps is 1.5", "the command line", "a whole number"]),
+        ("train.steps=many", ["train.steps is 'many'", "a whole number"]),
+        ("train.steps=true", ["train.steps is True", "a whole number"]),
+        ("train.steps=null", ["train.steps is None", "a whole number"]),
+        ("train.lr=fast", ["train.lr is 'fast'", "a number"]),
+        ("train.grad_clip=x", ["a number or null"]),
+        ("train.betas=[0.9]", ["train.betas is [0.9]", "a list of two numbers"]),
+        ("train.betas=0.9", ["a list of two numbers"]),
+        ("generate.types=train", ["generate.types is 'train'", "a list of words"]),
+        ("data.concept=no", ["data.concept is False", "text"]),
+        ("data.concept=12:30:45", ["data.concept is 45045", "text"]),
+        ("model.text_encoder=1", ["model.text_encoder is 1", "true or false"]),
+        ("train.lr=${nothing}", ["nothing", "the command line"]),
+        ("train.lr", ["'train.lr' is not a setting", "key=value"]),
+        ("=3", ["is not a setting"]),
+        ("train.lr=[", ["'train.lr=['", "the command line"]),
+    ],
+)
+def test_unknown_keys_and_wrong_types(refused, word, parts):
+    message = refused(overrides=[word])
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("model.preset=attn_mlp", "did you mean 'attn-mlp'?"),
+        ("model.precision=fp16", "did you mean 'bf16'?"),
+        ("model.path=''", "model.path is ''"),
+        ("adapter.kind=dora", "did you mean 'lora'?"),
+        ("adapter.kind=null", "adapter.kind is None"),
+        ("adapter.rank=0", "rank"),
+        ("train.optimizer=adam", "did you mean 'adamw'?"),
+        ("generate.types=[trian]", "did you mean 'train'?"),
+        ("generate.types=[train, train]", "distinct"),
+        ("generate.types=[]", "distinct"),
+        ("evaluate.trigger_in_text=remove", "drop, keep, class"),
+        ("wandb.mode=ofline", "did you mean 'offline'?"),
+        ("wandb.project=''", "wandb.project"),
+        ("seed=-1", "seed is -1"),
+        ("data.repeats=0", "data.repeats is 0, needs >= 1"),
+        ("data.limit=0", "data.limit is 0, needs >= 1"),
+        ("train.steps=0", "train.steps is 0"),
+        ("train.batch_size=0", "train.batch_size is 0"),
+        ("train.lr=0", "train.lr is 0"),
+        ("train.lr=.nan", "train.lr is nan"),
+        ("train.lr=.inf", "train.lr is inf"),
+        ("train.eps=0", "train.eps is 0"),
+        ("train.weight_decay=-1", "train.weight_decay is -1"),
+        ("train.betas=[0.9, 1.0]", "two numbers in [0, 1)"),
+        ("train.grad_clip=0", "train.grad_clip is 0"),
+        ("train.ema_decay=1", "train.ema_decay is 1"),
+        ("train.caption_dropout=1.5", "train.caption_dropout is 1.5"),
+        ("train.caption_dropout=.nan", "train.caption_dropout is nan"),
+        ("train.init_scale=0", "train.init_scale is 0"),
+        ("train.checkpoint_every=0", "train.checkpoint_every is 0"),
+        ("train.warmup_steps=300", "warmup_steps < steps = 300"),
+        ("train.warmup_steps=-1", "train.warmup_steps is -1"),
+        ("train.sample_every=301", "no sample is drawn"),
+        ("train.text_encoder_lr=1e-4", "model.text_encoder is false"),
+        ("train.momentum=0.9", "'adamw' does not use it"),
+        ("data.folder=x", "exactly one of data.concept and data.folder"),
+        ("data.concept=null", "exactly one of data.concept and data.folder"),
+        ("generate.images_per_type=0", "generate.images_per_type is 0"),
+        ("generate.guidance=0.5", "generate.guidance is 0.5"),
+        ("generate.seed=-1", "generate.seed is -1"),
+    ],
+)
+def test_values_and_combinations_that_cannot_work(refused, word, part):
+    assert part in refused(overrides=[word])
+
+
+@pytest.mark.parametrize("word", ["train.betas=[0.8, 0.9]", "train.eps=1e-6"])
+def test_settings_of_the_other_optimizer_do_nothing_and_are_refused(refused, word):
+    assert "'sgd' does not use it" in refused(overrides=["train.optimizer=sgd", word])
+
+
+def test_a_setting_twice_on_the_command_line(refused):
+    assert "twice" in refused(overrides=["train.lr=1", "train.lr=2"])
+
+
+def test_a_message_names_the_file_and_the_run_it_is_about(refused, tmp_path):
+    message = refused("runs: [{name: a, set: {data.concept: kael, train.steps: x}}]")
+    assert str(tmp_path / "mine" / "study.yaml") in message
+    assert "run 'a'" in message
+
+
+def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
+    (tmp_path / "base.yaml").write_text("train: {lrr: 1}")
+    message = refused("base: ../base.yaml")
+    assert "base.yaml" in message and "did you mean 'train.lr'?" in message
+
+
+# What is refused: studies
+
+
+@pytest.mark.parametrize(
+    ("body", "part"),
+    [
+        ("grids: {seed: [0]}", "did you mean 'grid'?"),
+        ("grid: {seed: 0}", "needs a list of values"),
+        ("grid: {seed: []}", "needs a list of values"),
+        ("grid: [seed]", "needs key: [values]"),
+        ("grid: {adapter: [{kind: lora}]}", "use `runs`"),
+        ("grid: {sed: [0]}\nset: {data.concept: kael}", "did you mean 'seed'?"),
+        ("grid: {seed: [0, 0]}\nset: {data.concept: kael}", "two runs"),
+        ("set: 3", "needs settings below it"),
+        ("set: {train: }", "train is None"),
+        ("set: {train.lr: 1, train: {lr: 2}}", "twice"),
+        ("runs: []", "needs a list"),
+        ("runs: [lora]", "needs a name"),
+        ("runs: [{set: {}}]", "needs a name"),
+        ("runs: [{name: a, sets: {}}]", "did you mean 'set'?"),
+        ("runs: [{name: a/b, set: {data.concept: kael}}]", "as it names a folder"),
+        ("runs: [{name: ä, set: {data.concept: kael}}]", "as it names a folder"),
+        (
+            "set: {data.concept: kael}\nruns: [{name: a}, {name: b}]",
+            "'a' and 'b' of .* are the same configuration",
+        ),
+        (
+            "grid: {seed: [1]}\nruns: [{name: a, set: {seed: 0}}]",
+            "seed is set in .* and also in its grid",
+        ),
+        ("set: {data.concept: kael}\npairs: [[mine, mine]]", "names of two runs"),
+        ("set: {data.concept: kael}\npairs: [mine]", "names of two runs"),
+        ("set: {data.concept: kael}\npairs: [[mine, mien]]", "did you mean 'mine'?"),
+        ("base: nowhere.yaml", "cannot read .*nowhere.yaml"),
+        ("set: {a: [}", "not valid YAML"),
+        ("set: {}\nset: {}", "not valid YAML"),
+    ],
+)
+def test_studies_that_are_not_well_formed(refused, body, part):
+    assert re.search(part.replace("?", r"\?").replace("[v", r"\[v"), refused(body))
+
+
+@pytest.mark.parametrize("head", ["", "question: Why?\n", "question: ' '\nexpectation: It does.\n"])
+def test_a_study_says_what_it_asks_and_expects(refused, head):
+    assert "in a sentence" in refused("set: {data.concept: kael}", head=head)
+
+
+def test_a_list_is_not_a_study(refused):
+    assert "keys and values" in refused("- 1\n", head="")
+
+
+def test_a_folder_that_is_not_a_study(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "study.yaml").write_text(HEAD)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"does not exist \(did you mean '.*/demo'\?\)"):
+        load_study(tmp_path / "dmo")
+    with pytest.raises(UserError, match=r"has no study\.yaml"):
+        load_study(tmp_path / "empty")
+    with pytest.raises(UserError, match="is a file, needs the folder"):
+        load_study(tmp_path / "demo" / "study.yaml")
+
+
+def test_pairs_keep_the_values_that_make_them_pairs(refused):
+    body = """
+        set: {data.concept: kael}
+        runs: [{name: a, set: {train.lr: 1e-3}}, {name: b, set: {train.lr: 2e-3}}]
+        pairs: [[a, b]]
+    """
+    assert "the pair a, b" in refused(body, ["train.lr=5e-4", "train.steps=30"])
+
+
+# Every key
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_every_key_slightly_misspelt_leads_back_to_itself_or_its_section(refused, key):
+    section, _, name = key.rpartition(".")
+    if len(name) < 4:
+        return
+    slip = name[:1] + name[2] + name[1] + name[3:]
+    if slip == name:
+        slip = name + "x"
+    assert "did you mean" in refused(overrides=[f"{section}.{slip}=1".lstrip(".")])
