@@ -82,6 +82,19 @@ def test_factored_blocks_match_the_definition(shape, alpha, seed):
     torch.testing.assert_close(adapter.adapted(weight, factors), naive)
 
 
+@given(alpha=alphas, seed=seeds)
+def test_lycoris_forms_the_same_update_of_a_kernel(alpha, seed):
+    from lycoris.functional.lokr import diff_weight
+
+    adapter, weight = LoKr(rank=2, alpha=alpha, factor=4), random_weight((24, 16, 3, 3), seed)
+    factors = random_factors(adapter, weight, seed)
+    theirs = diff_weight(
+        factors["c_US"], None, None, None, factors["b_VR"], factors["a_RT"].view(2, 4, 3, 3), None,
+        gamma=alpha / 2,
+    )  # fmt: skip
+    torch.testing.assert_close(adapter.delta(weight, factors), theirs)
+
+
 @given(seed=seeds)
 def test_unrolled_it_is_the_ordinary_product(seed):
     left, right = random_weight((3, 2), seed), random_weight((2, 3, 2, 2), seed + 1)

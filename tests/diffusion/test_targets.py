@@ -1,0 +1,176 @@
+"""Presets on a small model name by name, and on Stable Diffusion 1.5 by the sizes of its files."""
+
+import pytest
+import torch
+from torch import nn
+
+from lyco_lab.adapters.loha import LoHa
+from lyco_lab.adapters.lokr import LoKr
+from lyco_lab.adapters.lora import LoRA
+from lyco_lab.adapters.mount import attach, survey
+from lyco_lab.adapters.native import Native
+from lyco_lab.diffusion.targets import PARTS, PRESETS, match
+
+
+@pytest.fixture(scope="module")
+def models(tiny_sd):
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(tiny_sd, subfolder="text_encoder"),
+    }
+
+
+def kinds(models, preset, part):
+    """What a preset matches, without the numbers of blocks and layers."""
+    return {
+        ".".join(piece for piece in name.split(".") if not piece.isdigit())
+        for name in match(models[part], preset, part)
+    }
+
+
+def ends(names):
+    return {name.split("transformer_blocks.")[-1] for name in names}
+
+
+ATTENTION = {
+    f"{attn}.{to}" for attn in ("attn1", "attn2") for to in ("to_q", "to_k", "to_v", "to_out")
+}
+FEED_FORWARD = {"ff.net.proj", "ff.net"}
+CLIP_ATTENTION = {f"encoder.layers.self_attn.{to}_proj" for to in ("q", "k", "v", "out")}
+CLIP_MLP = {"encoder.layers.mlp.fc1", "encoder.layers.mlp.fc2"}
+
+
+def test_attention_only(models):
+    assert ends(kinds(models, "attn-only", "unet")) == ATTENTION
+    assert kinds(models, "attn-only", "text_encoder") == CLIP_ATTENTION
+
+
+def test_whole_transformer_blocks(models):
+    names = ends(kinds(models, "attn-mlp", "unet"))
+    projections = {name for name in names if name.endswith(("proj_in", "proj_out"))}
+    assert names - projections == ATTENTION | FEED_FORWARD
+    assert {name.split(".")[-1] for name in projections} == {"proj_in", "proj_out"}
+    assert kinds(models, "attn-mlp", "text_encoder") == CLIP_ATTENTION | CLIP_MLP
+
+
+def test_full_is_every_layer_of_the_unet(models):
+    every = [
+        name
+        for name, module in models["unet"].named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    assert match(models["unet"], "full", "unet") == every
+    assert {"conv_in", "conv_out", "time_embedding.linear_1"} <= set(every)
+    assert kinds(models, "full", "text_encoder") == CLIP_ATTENTION | CLIP_MLP
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_preset_contains_the_one_before(models, part):
+    matched = [match(models[part], preset, part) for preset in PRESETS]
+    for smaller, larger in zip(matched, matched[1:], strict=False):
+        assert set(smaller) <= set(larger)
+        assert smaller == [name for name in larger if name in smaller]  # in the model's order
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_an_adapted_model_still_matches(models, preset):
+    names = match(models["unet"], preset, "unet")
+    mounted = attach(models["unet"], LoRA(rank=1), names, seed=0)
+    assert match(models["unet"], preset, "unet") == names
+    mounted.detach()
+
+
+def test_the_wrapper_of_older_text_encoders_is_no_obstacle(models):
+    wrapped = nn.ModuleDict({"text_model": models["text_encoder"]})
+    names = match(models["text_encoder"], "attn-mlp", "text_encoder")
+    assert match(wrapped, "attn-mlp", "text_encoder") == [f"text_model.{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("preset", "part", "words"),
+    [
+        ("attn_only", "unet", r"unknown preset 'attn_only' \(did you mean 'attn-only'\?\)"),
+        ("full", "vae", "unknown part 'vae'.*one of unet, text_encoder"),
+        (
+            "attn-only",
+            "text_encoder",
+            "matches no layer of the text_encoder.*none of CLIPAttention",
+        ),
+        ("attn-mlp", "text_encoder", "matches no layer"),
+    ],
+)
+def test_refuses_what_matches_nothing(models, preset, part, words):
+    with pytest.raises(ValueError, match=words):
+        match(models["unet"], preset, part)
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion():
+    """The shapes of Stable Diffusion 1.5, without its weights."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel(
+                sample_size=64, cross_attention_dim=768, attention_head_dim=8
+            ),
+            "text_encoder": CLIPTextModel(
+                CLIPTextConfig(
+                    hidden_size=768,
+                    intermediate_size=3072,
+                    num_hidden_layers=12,
+                    num_attention_heads=12,
+                    vocab_size=49408,
+                )
+            ),
+        }
+
+
+def mebibytes(models, preset, adapter):
+    """A half-precision file's size."""
+    counts = [
+        count
+        for part, model in models.items()
+        for count in survey(model, adapter, match(model, preset, part)).values()
+    ]
+    return 2 * sum(counts) / 2**20, len(counts)
+
+
+@pytest.mark.parametrize(
+    ("preset", "adapter", "expected"),
+    [
+        ("attn-only", LoRA(rank=8), 4.17),
+        ("attn-only", LoHa(rank=4), 4.17),
+        ("attn-only", LoKr(factor=8), 3.65),
+        ("attn-only", Native(), 232.4),
+        ("attn-mlp", LoRA(rank=8), 9.00),
+        ("attn-mlp", LoRA(rank=32), 36.0),
+        ("attn-mlp", LoHa(rank=16), 36.0),
+        ("attn-mlp", LoKr(factor=8), 10.5),
+        ("attn-mlp", LoKr(factor=12), 6.2),
+        ("attn-mlp", LoKr(factor=4), 42.0),
+        ("attn-mlp", Native(), 671),
+    ],
+    ids=str,
+)
+def test_sizes_are_the_papers(stable_diffusion, preset, adapter, expected):
+    """The paper's table of file sizes, less the files' headers."""
+    size, layers = mebibytes(stable_diffusion, preset, adapter)
+    assert size == pytest.approx(expected, rel=0.01)
+    assert layers == {"attn-only": 176, "attn-mlp": 264}[preset]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "expected"),
+    [(LoRA(rank=8), 20), (LoHa(rank=4), 20), (LoKr(factor=8), 29), (Native(), 1.8 * 1024)],
+    ids=str,
+)
+def test_full_sizes_are_a_little_less_than_the_papers(stable_diffusion, adapter, expected):
+    """There norms are trained as well, and the rounded sizes count the files' headers."""
+    size, layers = mebibytes(stable_diffusion, "full", adapter)
+    assert 0.93 * expected < size < expected
+    assert layers == 282 + 72
