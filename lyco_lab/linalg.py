@@ -22,6 +22,8 @@ def split(size: int, factor: int) -> tuple[int, int]:
 
     This is the paper's rule (its equation 5). lycoris-lora's `factorization` differs where
     `factor` divides `size` and exceeds its root: 1024 by 64 is (16, 64) there and (32, 32) here.
+    Its loader applies its own rule, so it cannot read a LoKr file with factored blocks that holds
+    such a layer, as `conv_in` with 4 inputs is by a factor of 4; full blocks it can.
     """
     u = max(u for u in range(1, math.isqrt(size) + 1) if size % u == 0 and u <= max(factor, 1))
     return u, size // u

@@ -88,10 +88,8 @@ def test_lycoris_forms_the_same_update_of_a_kernel(alpha, seed):
 
     adapter, weight = LoKr(rank=2, alpha=alpha, factor=4), random_weight((24, 16, 3, 3), seed)
     factors = random_factors(adapter, weight, seed)
-    theirs = diff_weight(
-        factors["c_US"], None, None, None, factors["b_VR"], factors["a_RT"].view(2, 4, 3, 3), None,
-        gamma=alpha / 2,
-    )  # fmt: skip
+    right = (None, factors["b_VR"], factors["a_RT"].view(2, 4, 3, 3), None)
+    theirs = diff_weight(factors["c_US"], None, None, *right, gamma=alpha)  # divides by the rank
     torch.testing.assert_close(adapter.delta(weight, factors), theirs)
 
 
