@@ -1,0 +1,189 @@
+"""The command line. What is heavy is imported by the command that needs it, and only then.
+
+Exit codes: 0 done, 2 a mistake in what was asked (one line on stderr), 130 interrupted.
+"""
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lyco_lab.errors import Interrupted, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lyco_lab.config import Study
+    from lyco_lab.engines.local import Outcome
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train, generate, evaluate and compare adapters of Stable Diffusion.",
+)
+Folder = Annotated[Path, typer.Option("--out", help="Where runs are kept.")]
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """A mistake is one line and exit 2; an interruption says how to go on and exits 130."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(2) from None
+    except (KeyboardInterrupt, Interrupted) as error:
+        said = f"{error}. " if isinstance(error, Interrupted) else ""
+        command = shlex.join(["lyco-lab", *sys.argv[1:]])
+        typer.echo(
+            f"\ninterrupted: {said}What is done is kept; to go on: {command}",
+            err=True,
+        )
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def run(
+    study: Annotated[Path, typer.Argument(help="A study's folder, as experiments/demo.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every run, as train.steps=50.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
+    ] = False,
+    wandb: Annotated[
+        str | None, typer.Option(help="offline, online or disabled; short for wandb.mode=…")
+    ] = None,
+    out: Folder = Path("runs"),
+) -> None:
+    """Train, generate and evaluate what a study asks for, then compare. Skips what is done."""
+    with exit_codes():
+        console = _console()
+        loaded = _load(study, settings, wandb)
+        _show_plan(console, loaded, out, full=dry_run)
+        if dry_run:
+            return
+        from lyco_lab.engines.local import run_study
+
+        outcome = run_study(loaded, out, announce=console.print)
+        _show_outcome(console, loaded, outcome, out)
+
+
+@app.command()
+def report(
+    study: Annotated[Path, typer.Argument(help="A study whose runs are done.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="The key=value it was run with.")
+    ] = None,
+    out: Folder = Path("runs"),
+) -> None:
+    """Write the tables and the page of a finished study again, from its runs' folders."""
+    with exit_codes():
+        from lyco_lab.engines.local import conclude
+
+        loaded = _load(study, settings, None)
+        _show_outcome(_console(), loaded, conclude(loaded, out), out)
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Argument(help="A folder, new or written by this command before.")],
+    count: Annotated[int, typer.Option(min=1, help="Pictures of the pretraining world.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything drawn.")] = 0,
+) -> None:
+    """Write the embedded world as folders of images, captions and manifests."""
+    with exit_codes():
+        from lyco_lab.miniature.export import write
+
+        write(out, count, seed)
+        typer.echo(f"{count} pictures in {out / 'world'}, and the concepts in {out / 'concepts'}")
+
+
+@app.command()
+def pretrain(
+    out: Annotated[Path, typer.Argument(help="Where the weights and their quality table go.")],
+    quick: Annotated[bool, typer.Option("--quick", help="The same code, for a minute.")] = False,
+) -> None:
+    """Make the embedded model and its judges from nothing. Goes on where it stopped."""
+    with exit_codes():
+        from lyco_lab.miniature.pretrain import pretrain as make
+
+        make(out, quick=quick)
+
+
+def _load(study: Path, settings: list[str] | None, wandb: str | None) -> "Study":
+    from lyco_lab.config import load_study
+
+    overrides = list(settings or [])
+    return load_study(study, overrides + ([f"wandb.mode={wandb}"] if wandb else []))
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    # A pipe or a log has no width of its own, and 80 columns would cut the tables.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool) -> None:
+    """Check every run, and say what it will do: a line, or a table of all."""
+    from rich.table import Table
+
+    from lyco_lab.dry_run import plan
+
+    plans = plan(study)
+    console.print(f"[bold]{study.name}[/]: {study.question}")
+    console.print(f"{len(plans)} runs in {root}", end="\n" if full else "; ")
+    if not full:
+        console.print(f"{sum(p.params for p in plans):,} trained parameters in all")
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", no_wrap=True)
+    columns = ("layers", "parameters", "images x repeats", "steps x batch", "epochs", "done")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for p in plans:
+        train = p.run.train
+        table.add_row(
+            p.run.name,
+            " + ".join(f"{count} {part}" for part, count in p.layers.items()),
+            f"{p.params:,}",
+            f"{p.images} x {p.samples_per_epoch / p.images:g} = {p.samples_per_epoch}",
+            f"{train.steps} x {train.batch_size} = {train.steps * train.batch_size}",
+            f"{p.epochs:.3g}",
+            ", ".join(p.stages_done(root)) or "-",
+        )
+    console.print(table)
+    console.print(f"expected: {study.expectation}")
+
+
+def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: Path) -> None:
+    """The results as a table, the verdict on each pair, and where everything is."""
+    from rich.table import Table
+
+    results = outcome.results
+    errors = [column for column in results if f"{column}_se" in results]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("\n\nrun", no_wrap=True)
+    for column in ("concept", *errors):
+        table.add_column(column.replace("_", "\n"), justify="right", vertical="bottom")
+    for row in results.to_dict("records"):
+        cells = ["-" if row[c] != row[c] else f"{row[c]:.3g}" for c in errors]
+        table.add_row(str(row["run"]), str(row["concept"]), *cells)
+    console.print(table)
+    for verdict in outcome.verdicts:
+        colour = "green" if verdict.equal else "red"
+        console.print(f"[{colour}]gamma pair[/] {verdict.sentence}")
+    if any(run.wandb.mode == "offline" for run in study.runs):
+        console.print(f"W&B, offline: to upload, wandb sync {root}/*/wandb/offline-run-*")
+    console.print(f"report: {outcome.report}")
+
+
+def main() -> None:
+    """The entry point of `lyco-lab`."""
+    app(prog_name="lyco-lab")

@@ -1,0 +1,95 @@
+"""What a study will do, worked out before it does it: layers, parameters, epochs.
+
+    samples per epoch = images * repeats        epochs = steps * batch size / samples per epoch
+
+The networks are built from their configuration alone, without weights, so this takes seconds; and
+every run is checked, so that a mistake in the last one is not found after the others have trained.
+"""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lyco_lab.adapters.mount import survey
+from lyco_lab.config import Data, Run, Study
+from lyco_lab.data import folder
+from lyco_lab.diffusion import targets
+from lyco_lab.errors import UserError
+from lyco_lab.generate import model_folder
+from lyco_lab.miniature.concepts import concept
+from lyco_lab.record import STAGES, Record
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run's."""
+
+    run: Run
+    layers: dict[str, int]  # part of the model -> how many of its layers are adapted
+    params: int  # trained, over all parts
+    images: int
+    samples_per_epoch: int
+
+    @property
+    def epochs(self) -> float:
+        return self.run.train.steps * self.run.train.batch_size / self.samples_per_epoch
+
+    def stages_done(self, root: Path) -> list[str]:
+        """Of this run's stages, those that a rerun will skip. Creates nothing."""
+        record = Record(root / self.run.folder_name)
+        return [stage for stage in STAGES if record.done(stage)]
+
+
+def plan(study: Study) -> list[Plan]:
+    """A plan for every run; a `UserError` names the run that cannot work."""
+    plans = []
+    for run in study.runs:
+        try:
+            plans.append(_plan(run))
+        except UserError as error:
+            raise UserError(f"{error} (run {run.name!r})") from error
+    return plans
+
+
+def _plan(run: Run) -> Plan:
+    images, samples = _count(run.data)
+    parts = ["unet", "text_encoder"] if run.model.text_encoder else ["unet"]
+    counts = {}
+    for part in parts:
+        network = _network(model_folder(run), part)
+        names = targets.match(network, run.model.preset, part)
+        counts[part] = survey(network, run.adapter_value(), names)
+    return Plan(
+        run=run,
+        layers={part: len(layers) for part, layers in counts.items()},
+        params=sum(sum(layers.values()) for layers in counts.values()),
+        images=images,
+        samples_per_epoch=samples,
+    )
+
+
+def _count(data: Data) -> tuple[int, int]:
+    """Images, and samples per epoch."""
+    if data.folder is not None:
+        found = folder.read(Path(data.folder), data.repeats, data.limit)
+        return len(found.items), found.samples_per_epoch
+    subject = concept(str(data.concept))
+    images = min(subject.images, data.limit or subject.images)
+    return images, images * (data.repeats or subject.repeats)
+
+
+@functools.cache
+def _network(model: Path, part: str) -> nn.Module:
+    """A part of the model on the meta device: shapes without numbers."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if not (model / part / "config.json").is_file():
+        raise UserError(f"model.path is {str(model)!r}: it has no {part}/config.json")
+    with torch.device("meta"):
+        if part == "unet":
+            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / part))
+        return CLIPTextModel(CLIPTextConfig.from_pretrained(model / part))

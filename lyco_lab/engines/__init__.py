@@ -1,0 +1,1 @@
+"""Ways to carry out a study's runs, one file each: all do the same stages on the same folders."""

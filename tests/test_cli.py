@@ -1,0 +1,303 @@
+"""The command line: quick help, exit codes, one line for a mistake, a plan before any work."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from lyco_lab import cli
+from lyco_lab.analyse.gamma_pair import compare
+from lyco_lab.data import folder
+from lyco_lab.engines import local
+from lyco_lab.errors import Interrupted, UserError
+from lyco_lab.record import STAGES, Record
+
+ROOT = Path(__file__).parents[1]
+STUDY = """
+question: Does it work?
+expectation: It does.
+set: {data: {folder: PICTURES}, model: {path: TINY}, train: {steps: 30}}
+runs:
+  - {name: lora, set: {adapter: {kind: lora, rank: 2}}}
+  - {name: native, set: {adapter: {kind: native}}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path, tiny_sd, tiny_concept) -> Path:
+    path = tmp_path / "mine" / "study.yaml"
+    path.parent.mkdir()
+    path.write_text(STUDY.replace("TINY", str(tiny_sd)).replace("PICTURES", str(tiny_concept)))
+    return path.parent
+
+
+@pytest.fixture
+def lyco_lab(monkeypatch, tmp_path):
+    """Run a command in this process; runs/ is in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        words = [str(word) for word in words]
+        monkeypatch.setattr(sys, "argv", ["lyco-lab", *words])
+        return CliRunner().invoke(cli.app, words)
+
+    return call
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stages that only say they ran, and a conclusion out of thin air."""
+    ran = []
+
+    def stage(name):
+        def act(run, record):
+            ran.append((run.name, name))
+            record.finish(name)
+
+        return act
+
+    row = {"run": "lora", "concept": "circle", "vendi_trigger": 1.5, "vendi_trigger_se": 0.1}
+    verdicts = [compare("a", "b", {0: 0.5, 1: 0.25}, {0: 0.5, 1: 0.25})]
+    outcome = local.Outcome(pd.DataFrame([row]), verdicts, Path("runs/mine/report.html"))
+    monkeypatch.setattr(local, "BY_NAME", {name: stage(name) for name in STAGES})
+    monkeypatch.setattr(local, "conclude", lambda study, root: outcome)
+    return ran
+
+
+def test_help_is_quick():
+    for attempt in range(5):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-m", "lyco_lab", "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        after = os.times()
+        spent_s = sum(after[2:4]) - sum(before[2:4])  # of the child, whatever else is running
+        assert done.returncode == 0 and "pretrain" in done.stdout
+        if attempt and spent_s < 0.5:  # the first time fills the caches
+            return
+    pytest.fail(f"--help takes {spent_s:.2f} s of CPU time")
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["trian.lr=1"], "'trian.lr' in the command line (did you mean 'train.lr'?)"),
+        (["train.steps=x"], "train.steps is 'x'"),
+        (["--wandb", "of"], "wandb.mode is 'of'"),
+        (["--wandb", "offline", "wandb.mode=disabled"], "twice"),
+        (["data.folder=nowhere"], "nowhere"),
+        (["data.folder=null", "data.concept=keal"], "kael"),
+        (["model.path=nowhere"], "nowhere"),
+        (["data.limit=0"], "data.limit"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_2(lyco_lab, study, tmp_path, words, part):
+    done = lyco_lab("run", study, *words)
+    assert done.exit_code == 2
+    assert part in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_mistake_in_the_last_run_stops_the_first(lyco_lab, study, stages):
+    text = (study / "study.yaml").read_text()
+    (study / "study.yaml").write_text(text + "  - {name: last, set: {data.folder: nowhere}}\n")
+    done = lyco_lab("run", study)
+    assert done.exit_code == 2
+    assert "nowhere does not exist (run 'last')" in done.stderr
+    assert stages == []
+
+
+def test_a_folder_that_is_not_a_study(lyco_lab, tmp_path):
+    done = lyco_lab("run", tmp_path / "nothing")
+    assert done.exit_code == 2
+    assert "is not a study" in done.stderr
+
+
+def test_unknown_options_exit_2_too(lyco_lab, study):
+    assert lyco_lab("run", study, "--dryrun").exit_code == 2
+    assert lyco_lab("rum").exit_code == 2
+
+
+def test_dry_run_shows_layers_parameters_and_arithmetic_and_does_nothing(
+    lyco_lab, study, tmp_path, stages, tiny_concept
+):
+    done = lyco_lab("run", study, "--dry-run", "train.batch_size=3")
+    assert done.exit_code == 0, done.stderr
+    rows = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    images = folder.read(tiny_concept)
+    samples = images.samples_per_epoch
+    for name in ("lora", "native"):
+        assert f"{len(images.items)} x 2 = {samples}" in rows[name]
+        assert "30 x 3 = 90" in rows[name]
+        assert f"{90 / samples:.3g}" in rows[name].split()
+        assert " unet" in rows[name]
+    assert "Does it work?" in done.stdout and "It does." in done.stdout
+    assert stages == [] and not (tmp_path / "runs").exists()
+
+
+def test_dry_run_counts_what_training_would_mount(study, tiny_sd):
+    from lyco_lab.adapters.mount import attach
+    from lyco_lab.config import load_study
+    from lyco_lab.diffusion import targets
+    from lyco_lab.diffusion.model import load
+    from lyco_lab.dry_run import plan
+
+    loaded = load_study(study, ["model.text_encoder=true", "model.preset=full"])
+    for planned in plan(loaded):
+        parts = load(tiny_sd).parts
+        mounted = {
+            part: attach(
+                model, planned.run.adapter_value(), targets.match(model, "full", part), seed=0
+            )
+            for part, model in parts.items()
+        }
+        assert planned.layers == {part: len(m.layers) for part, m in mounted.items()}
+        count = sum(p.numel() for m in mounted.values() for p in m.parameters())
+        assert planned.params == count
+
+
+def test_run_does_every_stage_of_every_run_and_shows_the_outcome(lyco_lab, study, stages):
+    done = lyco_lab("run", study)
+    assert done.exit_code == 0, done.stderr
+    assert stages == [(run, stage) for run in ("lora", "native") for stage in STAGES]
+    assert "[8/8] native: evaluate, about 0:00 left" in done.stdout
+    assert "1.5" in done.stdout and "report: runs/mine/report.html" in done.stdout
+    assert "all 2 losses are bitwise equal" in done.stdout
+
+
+def test_run_again_skips_what_is_done(lyco_lab, study, stages):
+    lyco_lab("run", study)
+    stages.clear()
+    done = lyco_lab("run", study)
+    assert done.exit_code == 0 and stages == []
+    assert "8 of 8 stages are done already" in done.stdout
+    planned = lyco_lab("run", study, "--dry-run")
+    assert ", ".join(STAGES) in planned.stdout
+
+
+def test_what_changes_only_the_labels_is_not_run_again(lyco_lab, study, stages):
+    lyco_lab("run", study)
+    stages.clear()
+    assert lyco_lab("run", study, "--wandb", "disabled").exit_code == 0
+    assert stages == []
+    lyco_lab("run", study, "train.steps=31")
+    assert len(stages) == 8
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), Interrupted("saved at step 7")])
+def test_an_interruption_exits_130_and_says_how_to_go_on(
+    lyco_lab, study, stages, monkeypatch, error
+):
+    def stop(run, record):
+        raise error
+
+    monkeypatch.setitem(local.BY_NAME, "train", stop)
+    done = lyco_lab("run", study, "seed=3")
+    assert done.exit_code == 130
+    assert f"to go on: lyco-lab run {study} seed=3" in done.stderr
+    assert str(error) in done.stderr
+    monkeypatch.setitem(local.BY_NAME, "train", lambda run, record: record.finish("train"))
+    assert lyco_lab("run", study, "seed=3").exit_code == 0
+    assert stages.count(("lora", "data")) == 1
+
+
+def test_ctrl_c_in_a_real_process(tmp_path):
+    command = [sys.executable, "-m", "lyco_lab", "world", str(tmp_path), "--count", "20000"]
+    child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    began_s = time.monotonic()
+    while child.poll() is None and not _draws(child.pid):
+        assert time.monotonic() - began_s < 60
+        time.sleep(0.1)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == 130, stderr
+    assert "to go on: lyco-lab world" in stderr
+
+
+def test_errors_that_are_no_mistake_of_the_user_are_not_hidden(
+    lyco_lab, study, stages, monkeypatch
+):
+    def fail(run, record):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(local.BY_NAME, "data", fail)
+    assert isinstance(lyco_lab("run", study).exception, ZeroDivisionError)
+
+
+def test_a_run_folder_of_another_configuration_is_refused(lyco_lab, study, stages, tmp_path):
+    lyco_lab("run", study)
+    (config,) = (tmp_path / "runs").glob("lora-*/config.yaml")
+    config.write_text(config.read_text().replace("rank: 2", "rank: 3"))
+    done = lyco_lab("run", study)
+    assert done.exit_code == 2
+    assert "there adapter.rank is 3, here 2" in done.stderr
+
+
+def test_an_out_folder_that_cannot_be_written(lyco_lab, study, stages, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = lyco_lab("run", study, "--out", tmp_path / "file")
+    assert done.exit_code == 2
+    assert f"cannot write in {tmp_path / 'file'}" in done.stderr
+
+
+def test_report_needs_runs_that_are_done(lyco_lab, study):
+    done = lyco_lab("report", study)
+    assert done.exit_code == 2
+    assert "run the study first" in done.stderr
+
+
+def test_report_shows_the_outcome_again(lyco_lab, study, stages):
+    done = lyco_lab("report", study)
+    assert done.exit_code == 0 and "report: " in done.stdout
+    assert stages == []
+
+
+def test_world_writes_folders_that_are_read_as_training_data(lyco_lab, tmp_path):
+    done = lyco_lab("world", tmp_path / "w", "--count", 3)
+    assert done.exit_code == 0, done.stderr
+    assert len(folder.read(tmp_path / "w" / "world").items) == 3
+    kael = folder.read(tmp_path / "w" / "concepts" / "kael")
+    assert kael.trigger and kael.class_word and len(kael.items) > 3
+
+
+def test_pretrain_is_told_where_and_how(lyco_lab, tmp_path, monkeypatch):
+    import lyco_lab.miniature.pretrain as package
+
+    told = []
+    monkeypatch.setattr(package, "pretrain", lambda out, *, quick: told.append((out, quick)))
+    assert lyco_lab("pretrain", tmp_path / "w", "--quick").exit_code == 0
+    assert told == [(tmp_path / "w", True)]
+
+
+def test_the_clock_guesses_from_what_it_has_seen():
+    clock = local.Clock()
+    assert clock.left_s(["train"]) is None
+    clock.spent_s["train"] += [2.0, 4.0]
+    clock.spent_s["data"] += [1.0]
+    assert clock.left_s(["train", "data", "train"]) == 7.0
+    assert clock.left_s(["train", "generate"]) is None
+    assert [local.minutes(s) for s in (0.4, 59.6, 75, 3600)] == ["0:00", "1:00", "1:15", "60:00"]
+
+
+def test_an_engine_refuses_before_it_begins(study, tmp_path):
+    from lyco_lab.config import load_study
+
+    loaded = load_study(study)
+    Record.open(tmp_path / "runs", loaded.runs[1]).path.joinpath("config.yaml").write_text("")
+    began = []
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        local.run_study(loaded, tmp_path / "runs", announce=began.append)
+    assert began == []
+
+
+def _draws(pid: int) -> bool:
+    """Whether the process has loaded what it draws with, which it does last."""
+    return "_imaging" in Path(f"/proc/{pid}/maps").read_text()
