@@ -1,0 +1,18 @@
+"""A run -> trained factors.
+
+    stage.py       the stage itself: load, cache, mount, fit, export
+    module.py      the LightningModule: the diffusion loss and one step of the optimizer
+    optimizer.py   AdamW and SGD, the schedule, clipping, the average of the factors
+    callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
+    checkpoint.py  the state of a run on disk
+    journal.py     train/metrics.csv
+    guard.py       which layer a number that is not finite comes from
+
+Two runs of one configuration on one machine end with the same bits, whether or not they were
+killed in between: everything random is drawn from (seed, step, rank), and a checkpoint holds
+everything else that moves.
+"""
+
+from lyco_lab.train.stage import train
+
+__all__ = ["train"]

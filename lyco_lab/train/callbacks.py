@@ -1,0 +1,166 @@
+"""What happens between two steps, in this order: a row, samples, a checkpoint, a stop."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lyco_lab.config import Run
+from lyco_lab.data.batches import Batch
+from lyco_lab.errors import Interrupted
+from lyco_lab.record import atomic
+from lyco_lab.tracking import Tracker
+from lyco_lab.train import guard
+from lyco_lab.train.checkpoint import Checkpoints, write
+from lyco_lab.train.journal import Journal
+from lyco_lab.train.module import Training
+
+NORM_EVERY = 10  # steps; a norm needs every layer's W' - W, which costs about a tenth of a step
+SAMPLES = 4  # images in a grid
+
+
+@dataclass
+class Rows(lightning.Callback):
+    """A line in metrics.csv, and in W&B, for every step."""
+
+    journal: Journal
+    tracker: Tracker
+    steps: int
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        row = module.row
+        done = batch.step + 1
+        if done % NORM_EVERY == 0 or done == self.steps:
+            row["delta_norm"] = module.delta_norm()
+        self.journal.write(row)
+        shown = {
+            "train/loss": row["loss"],
+            "train/grad_norm": row["grad_norm"],
+            "train/delta_norm": row.get("delta_norm"),
+            "lr/unet": row["lr"],
+            "lr/text_encoder": row["lr_text_encoder"],
+        }
+        self.tracker.log(done, {key: value for key, value in shown.items() if value is not None})
+
+
+@dataclass
+class Samples(lightning.Callback):
+    """Every `sample_every` steps, images of the first captions, always from the same noise."""
+
+    run: Run
+    captions: Sequence[str]
+    folder: Path
+    tracker: Tracker
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        done, every = batch.step + 1, self.run.train.sample_every
+        if every is None or done % every:
+            return
+        prompts = list(dict.fromkeys(self.captions))[:SAMPLES]
+        how = self.run.generate
+        with module.exported():
+            images = module.diffusion.sample(
+                prompts,
+                [how.seed + i for i in range(len(prompts))],
+                steps=how.steps,
+                guidance=how.guidance,
+            )
+        row = side_by_side(images)
+        with atomic(self.folder / f"step{done:08d}.png") as temporary:
+            Image.fromarray(row).save(temporary, format="PNG")
+        self.tracker.image("samples", row, f"step {done}: " + " | ".join(prompts), done)
+
+
+def side_by_side(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.concatenate(list(images_NHWC), axis=1)
+
+
+@dataclass
+class Stop:
+    """Whether Ctrl-C was pressed. The step that is running is finished first."""
+
+    asked: bool = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread is told of signals
+            return
+
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            if self.asked:
+                raise Interrupted("stopped at once; the last checkpoint is kept")
+            self.asked = True
+
+        before = signal.signal(signal.SIGINT, handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+@dataclass
+class Saving(lightning.Callback):
+    """Checkpoints: every so often, at the end, and when asked to stop."""
+
+    checkpoints: Checkpoints
+    journal: Journal
+    stop: Stop
+    every: int
+    steps: int
+    seconds: float = 0.0  # of earlier sittings
+    _began_s: float = field(default_factory=time.monotonic)
+
+    def total_seconds(self) -> float:
+        return self.seconds + time.monotonic() - self._began_s
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        done = batch.step + 1
+        if done % self.every == 0 or done == self.steps or self.stop.asked:
+            self.journal.sync()
+            self.checkpoints.save(module.state(done, self.total_seconds()))
+        if self.stop.asked and done < self.steps:
+            raise Interrupted(f"training stopped after step {done} of {self.steps}, which is saved")
+
+    def on_exception(self, trainer: Any, module: Training, exception: BaseException) -> None:
+        if isinstance(exception, guard.NotFinite):
+            done = int(module.row["step"] or 1) - 1
+            path = self.checkpoints.folder.parent / guard.FILE
+            write(path, module.state(done, self.total_seconds()))
+
+
+class Bar(lightning.Callback):
+    """Steps done, loss, time left."""
+
+    def __init__(self, title: str, first: int, steps: int) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TimeRemainingColumn(),
+            refresh_per_second=2,
+        )
+        self.task = self.progress.add_task(title, total=steps, completed=first, loss="-")
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.progress.update(self.task, advance=1, loss=f"{module.row['loss']:.4f}")

@@ -1,0 +1,81 @@
+"""The state of a run on disk: factors, their average, optimizer, and the number of steps done.
+
+    train/checkpoints/step00000100.ckpt     the last two are kept
+
+The frozen model is not in it, nor a generator: those depend on the configuration and the step
+alone. The file holds plain containers and is read with `weights_only=True`. It appears under its
+name only when whole; one that was damaged later is noticed by its checksums, and the one before
+it is used.
+"""
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lyco_lab.record import atomic
+
+KEPT = 2
+Factors = dict[str, dict[str, Tensor]]  # part -> 'layer.factor' -> value
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that moves in a run, between two steps."""
+
+    step: int  # done so far
+    factors: Factors
+    average: dict[str, Tensor] | None  # 'part.layer.factor' -> value
+    optimizer: dict[str, Any]
+    seconds: float  # of training, all sittings together
+    threads: int  # another number adds up in another order
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    folder: Path
+
+    def save(self, state: State) -> None:
+        write(self.folder / f"step{state.step:08d}.ckpt", state)
+        for old in self.files()[KEPT:]:
+            old.unlink()
+
+    def files(self) -> list[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob("step*.ckpt"), reverse=True)
+
+    def latest(self, rows: int, say: Callable[[str], None] = print) -> State | None:
+        """The newest whole state with a row of the journal for each step; None: begin at 0.
+
+        `rows`: how many the journal has. What has to be passed over is said, and deleted.
+        """
+        for file in self.files():
+            state = read(file)
+            if state is not None and state.step <= rows:
+                return state
+            reason = "is damaged" if state is None else f"lacks its rows in metrics.csv ({rows})"
+            say(f"the checkpoint {file.name} {reason}: going on from the one before it")
+            file.unlink()
+        return None
+
+
+def write(path: Path, state: State) -> None:
+    # Not `asdict`, which would copy every tensor.
+    plain = {spec.name: getattr(state, spec.name) for spec in fields(state)}
+    with atomic(path) as temporary:
+        torch.save(plain, temporary)
+
+
+def read(path: Path) -> State | None:
+    """None if the file is not whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not look at the checksums
+            if archive.testzip() is not None:
+                return None
+        return State(**torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # whatever a reader makes of damaged bytes
+        return None

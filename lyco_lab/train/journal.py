@@ -1,0 +1,77 @@
+"""train/metrics.csv: one row for each step, readable while the run goes on.
+
+    step,loss,lr,lr_text_encoder,grad_norm,delta_norm
+
+`step` counts finished steps from 1; loss and gradient norm are before the step's update, and
+`delta_norm`, the Frobenius norm of W' - W over all adapted layers together, is after it; it is
+empty in most rows. Floats are written by `repr`, so not a bit of them is lost.
+"""
+
+import csv
+import os
+from pathlib import Path
+from types import TracebackType
+
+from lyco_lab.record import atomic, writing
+
+COLUMNS = ("step", "loss", "lr", "lr_text_encoder", "grad_norm", "delta_norm")
+
+
+class Journal:
+    """The file, open for appending; rows after `step`, which are to be computed again, are gone."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = _rows_up_to(path, step)
+        if len(kept) != step:
+            raise ValueError(f"{path} has {len(kept)} whole rows up to step {step}")
+        with atomic(path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(kept)
+        with writing(path.parent):
+            self._file = path.open("a", newline="")
+        self._writer = csv.writer(self._file, lineterminator="\n")
+
+    def write(self, row: dict[str, float | None]) -> None:
+        """Visible at once: a killed process loses no row."""
+        values = (row.get(column) for column in COLUMNS)
+        with writing(self.path.parent):
+            self._writer.writerow("" if value is None else repr(value) for value in values)
+            self._file.flush()
+
+    def sync(self) -> None:
+        """Onto the disk itself, before a checkpoint relies on it."""
+        with writing(self.path.parent):
+            os.fsync(self._file.fileno())
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def rows_of(path: Path) -> int:
+    """How many whole rows there are, counted from step 1 without a gap."""
+    return len(_rows_up_to(path, None))
+
+
+def _rows_up_to(path: Path, step: int | None) -> list[list[str]]:
+    """The rows of steps 1, 2, … `step`; of a line cut short by a kill, and what follows, none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]
+    rows: list[list[str]] = []
+    for row in csv.reader(lines[1:]):
+        whole = len(row) == len(COLUMNS) and row[0] == str(len(rows) + 1)
+        if not whole or (step is not None and len(rows) == step):
+            break
+        rows.append(row)
+    return rows

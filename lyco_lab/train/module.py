@@ -1,0 +1,157 @@
+"""The diffusion loss, and one step of training on it.
+
+    z_t = sqrt(a_t) z + sqrt(1 - a_t) e        loss = mean((unet(z_t, t, text) - e)**2)
+
+with z a latent, e the noise and t the timestep that the batch brings. Only factors train; the
+model around them is frozen, and stays in evaluation mode. Factors are float32 whatever the model
+is in, and so is the loss.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lyco_lab.adapters.mount import Mounted
+from lyco_lab.config import Train
+from lyco_lab.data.batches import Batch
+from lyco_lab.diffusion.model import Diffusion
+from lyco_lab.train import guard, optimizer
+from lyco_lab.train.checkpoint import State
+
+
+class Training(lightning.LightningModule):
+    """Adapters mounted on a model, and how a batch moves them."""
+
+    def __init__(
+        self, diffusion: Diffusion, mounted: Mapping[str, Mounted], settings: Train
+    ) -> None:
+        super().__init__()
+        self.diffusion = diffusion
+        self.mounted = dict(mounted)
+        self.settings = settings
+        self.models = nn.ModuleDict(diffusion.parts)  # for Lightning to see the parameters
+        groups = {part: m.parameters() for part, m in self.mounted.items()}
+        self.optimizer = optimizer.build(settings, groups)
+        decay = settings.ema_decay
+        self.average = None if decay is None else optimizer.Average(self.factors(), decay)
+        self.row: dict[str, float | None] = {}  # the current step's, filled as it proceeds
+
+    def factors(self) -> dict[str, nn.Parameter]:
+        """'part.layer.factor' -> parameter, in the order of the models."""
+        return {
+            f"{part}.{name}": factor
+            for part, mounted in self.mounted.items()
+            for name, factor in mounted.named_factors().items()
+        }
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        optimizer.set_rates(self.optimizer, batch.step, self.settings.warmup_steps)
+        rates = optimizer.rates(self.optimizer)
+        self.row = {
+            "step": batch.step + 1,
+            "lr": rates["unet"],
+            "lr_text_encoder": rates.get("text_encoder"),
+        }
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self.not_finite(f"the loss is {value}", batch)
+        self.row["loss"] = value
+        return loss
+
+    def loss(self, batch: Batch) -> Tensor:
+        unet = self.diffusion.unet
+        text = batch.text
+        if "text_encoder" in self.mounted:
+            text = self.diffusion.hidden(text)
+        noisy_BCHW = self.diffusion.noise_scheduler.add_noise(
+            batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
+        )
+        predicted_BCHW = unet(
+            noisy_BCHW.to(unet.dtype), batch.timesteps_B, text.to(unet.dtype), return_dict=False
+        )[0]
+        return F.mse_loss(predicted_BCHW.float(), batch.noise_BCHW)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer_: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's place for this, between the backward pass and the optimizer's step."""
+        norm = optimizer.clip(self.optimizer, self.settings.grad_clip)
+        if not math.isfinite(norm):
+            raise self.not_finite(f"the norm of the gradients is {norm}")
+        self.row["grad_norm"] = norm
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            self.average.update()
+
+    def delta_norm(self) -> float:
+        """The Frobenius norm of W' - W, over all adapted layers together."""
+        return math.hypot(*(n for m in self.mounted.values() for n in m.norms().values()))
+
+    def state(self, step: int, seconds: float) -> State:
+        """Everything that moves, after `step` steps; shares the tensors' memory."""
+        average = self.average
+        return State(
+            step=step,
+            factors={part: m.state_dict() for part, m in self.mounted.items()},
+            average=None if average is None else average.values,
+            optimizer=self.optimizer.state_dict(),
+            seconds=seconds,
+            threads=torch.get_num_threads(),
+        )
+
+    def load_state(self, state: State) -> None:
+        for part, mounted in self.mounted.items():
+            mounted.load_state_dict(state.factors[part])
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.average is not None and state.average is not None:
+            self.average.load(state.average)
+
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """The factors as they are to be used: their average, where one is kept."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    def not_finite(self, what: str, batch: Batch | None = None) -> guard.NotFinite:
+        """An error that names the step and the first layer concerned."""
+        layers = {
+            f"{part}.{name}": layer
+            for part, mounted in self.mounted.items()
+            for name, layer in mounted.layers.items()
+        }
+        factors = self.factors()
+        if (name := guard.first_factor(factors)) is not None:
+            where = f"the factor {name} is not finite"
+        elif batch is None:
+            where = f"the gradient of {guard.first_gradient(factors)} is not finite"
+        elif (name := guard.first_output(layers, lambda: self.loss(batch))) is not None:
+            where = f"the output of the layer {name} is not finite"
+        else:
+            where = "every adapted layer's factors and outputs are finite"
+        return guard.NotFinite(
+            f"{what} at step {self.row['step']}: {where}. The state before that step is in "
+            f"train/{guard.FILE}; try a smaller train.lr than {self.settings.lr}"
+        )
