@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
-from lyco_lab import miniature
+from lyco_lab import miniature, tracking
 from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
@@ -39,6 +39,7 @@ from lyco_lab.record import Record, atomic
 
 STAGE = "generate"
 TABLE = "images.parquet"
+GRID_SIDE = 4  # of the sample grids shown in W&B, in images
 
 # For a folder of the user's own: what the concept's descriptor "{}" is put into. The paper's
 # templates differ by category; these are plain enough for a person, a thing or a place.
@@ -82,6 +83,7 @@ def generate(run: Run, record: Record) -> None:
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
         mounted.merge()
     render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate")
+    show(run, record)
     record.finish(STAGE, images=len(asked), base=base.name)
 
 
@@ -105,7 +107,8 @@ def folder_prompts(images: Dataset, kind: str, count: int) -> list[Prompt]:
     elif not descriptor:
         raise UserError(
             f"prompts of type {kind!r} need the word that stands for the concept: begin every "
-            f"caption in {images.folder} with the same 'trigger class', or set generate.types=[train]"
+            f"caption in {images.folder} with the same 'trigger class', or ask for "
+            "generate.types=[train] only"
         )
     elif kind == "trigger":
         texts = [descriptor]
@@ -167,6 +170,26 @@ def render(
     table = pd.DataFrame([row(prompt, run.generate.seed) for prompt in asked])
     with atomic(folder / TABLE) as temporary:
         table.to_parquet(temporary, index=False)
+
+
+def show(run: Run, record: Record) -> None:
+    """The copy that W&B gets: one grid of images for each type of prompt."""
+    made = read_table(record.path / STAGE)
+    with tracking.track(run, record, STAGE) as tracker:
+        for kind, rows in made.groupby("kind", sort=False):
+            shown = rows.head(GRID_SIDE**2)
+            caption = "; ".join(dict.fromkeys(shown["prompt"]))
+            tracker.image(f"samples/{kind}", tiled(shown["file"].tolist()), caption)
+
+
+def tiled(files: Sequence[str]) -> NDArray[np.uint8]:
+    """Images of one size side by side, row by row, as near to a square as their number allows."""
+    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    across = int(np.ceil(np.sqrt(len(images))))
+    blank = np.zeros_like(images[0])
+    images += [blank] * (-len(images) % across)
+    rows = [np.concatenate(images[i : i + across], axis=1) for i in range(0, len(images), across)]
+    return np.concatenate(rows)
 
 
 def row(prompt: Prompt, first_seed: int) -> dict[str, object]:

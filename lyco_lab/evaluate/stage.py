@@ -20,6 +20,7 @@ import pandas as pd
 from PIL import Image
 from rich.progress import track
 
+from lyco_lab import tracking
 from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
@@ -34,14 +35,16 @@ from lyco_lab.record import Record, atomic
 STAGE = "evaluate"
 REAL = "real"
 
+Found = dict[str, dict[str, Score]]  # prompt type -> score
 Summary = dict[str, dict[str, dict[str, Any]]]  # prompt type -> score -> mean, standard_error, ...
 
 
 def evaluate(run: Run, record: Record) -> None:
+    """The stage: scores of the run's images, and of its references if no run before had them."""
     if record.done(STAGE):
         return
     judges: Judges = miniature_judges.load()
-    base = base_folder(run, record)
+    folder, base = record.path / STAGE, base_folder(run, record)
     made, before = read_table(record.path / GENERATED), read_table(base)
     check_pairs(made, before, record.path, base)
     images = dataset(run, record)
@@ -50,25 +53,40 @@ def evaluate(run: Run, record: Record) -> None:
     references = base / f"references-{rule}.json"
     missing = not references.is_file()
 
-    found: dict[str, dict[str, Score]] = {}
-    found_base: dict[str, dict[str, Score]] = {}
-    kinds = list(dict.fromkeys(made["kind"]))
-    for kind in track(kinds, description=f"{run.name}: evaluate"):
+    found: Found = {}
+    found_base: Found = {}
+    for kind in track(list(dict.fromkeys(made["kind"])), description=f"{run.name}: evaluate"):
         rows, rows_base = made[made["kind"] == kind], before[before["kind"] == kind]
         partner = Encoded(read_images(rows_base["file"].tolist()), judges)
-        view = view_of(
-            rows, Encoded(read_images(rows["file"].tolist()), judges), real, partner, rule
-        )
-        found[kind] = measure(view)
+        ours = Encoded(read_images(rows["file"].tolist()), judges)
+        found[kind] = measure(view_of(rows, ours, real, partner, rule))
         if missing:
             found_base[kind] = measure(view_of(rows_base, partner, real, partner, rule))
     if missing:
         found_real = {REAL: measure(view_of_dataset(images, real, rule))}
         write_json(references, {"base": summary(found_base), REAL: summary(found_real)})
-    with atomic(record.path / STAGE / "images.parquet") as temporary:
-        table_of(made, found, record.path).to_parquet(temporary, index=False)
-    write_json(record.path / STAGE / "metrics.json", summary(found))
+    per_image = table_of(made, found, record.path)
+    with atomic(folder / "images.parquet") as temporary:
+        per_image.to_parquet(temporary, index=False)
+    write_json(folder / "metrics.json", summary(found))
+    show(run, record, per_image, summary(found))
     record.finish(STAGE, images=len(made), references=f"{base.name}/{references.name}")
+
+
+def show(run: Run, record: Record, per_image: pd.DataFrame, scores: Summary) -> None:
+    """The copy that W&B gets: aggregates, the per-image table, and both files."""
+    rows = per_image.astype(object).where(per_image.notna(), None)
+    with tracking.track(run, record, STAGE) as tracker:
+        tracker.summary(
+            {
+                f"eval/{kind}/{name}": score["mean"]
+                for kind, found in scores.items()
+                for name, score in found.items()
+            }
+        )
+        tracker.table("eval/images", list(rows.columns), rows.values.tolist())
+        for name in ("images.parquet", "metrics.json"):
+            tracker.file(record.path / STAGE / name, f"{run.name}-{Path(name).stem}", "metrics")
 
 
 def measure(view: View) -> dict[str, Score]:
@@ -110,7 +128,7 @@ def known(attributes: Any, judges: Judges) -> dict[str, str]:
     return {f: v for f, v in attributes.items() if f in words and v in words[f]}
 
 
-def summary(found: dict[str, dict[str, Score]]) -> Summary:
+def summary(found: Found) -> Summary:
     """Aggregates as JSON has them: NaN becomes null."""
 
     def plain(value: float) -> float | None:
@@ -130,7 +148,7 @@ def summary(found: dict[str, dict[str, Score]]) -> Summary:
     }
 
 
-def table_of(made: pd.DataFrame, found: dict[str, dict[str, Score]], root: Path) -> pd.DataFrame:
+def table_of(made: pd.DataFrame, found: Found, root: Path) -> pd.DataFrame:
     """One row per image with every score that is about an image."""
     parts = []
     for kind, scores in found.items():

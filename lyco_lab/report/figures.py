@@ -13,7 +13,8 @@ from html import escape
 
 SERIES = 8
 WIDTH, HEIGHT = 360, 280
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 42
+LEFT, RIGHT, TOP, BOTTOM = 54, 12, 10, 42
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 LETTER = 6.1  # width of a letter of the labels' font, on average
 
 
@@ -178,8 +179,9 @@ def _text(x: float, y: float, words: str, css: str, anchor: str, more: str = "")
 
 
 def _mark(p: Point, axes: Axes) -> str:
-    said = f"{p.label}: {axes.x_title} {p.x:.3f}, {axes.y_title} {p.y:.3f}"
-    return f"<g>{marker(p.series, p.role, axes.px(p.x), axes.py(p.y))}<title>{escape(said)}</title></g>"
+    said = escape(f"{p.label}: {axes.x_title} {p.x:.3f}, {axes.y_title} {p.y:.3f}")
+    drawn = marker(p.series, p.role, axes.px(p.x), axes.py(p.y))
+    return f"<g>{drawn}<title>{said}</title></g>"
 
 
 def _error_bars(p: Point, axes: Axes) -> str:
@@ -191,31 +193,54 @@ def _error_bars(p: Point, axes: Axes) -> str:
 
 
 def _names(points: Sequence[Point], axes: Axes) -> list[str]:
-    """Each name where it hides least: beside its mark, or a little further out."""
-    boxes = [
-        (axes.px(p.x) - 6, axes.py(p.y) - 6, axes.px(p.x) + 6, axes.py(p.y) + 6) for p in points
-    ]
+    """Each name where it hides least: beside its mark, or further out at the end of a line."""
+    marks = [_around(axes.px(p.x), axes.py(p.y), 6) for p in points]
+    bars = [box for p in points for box in _bar_boxes(p, axes)]
+    taken: list[Box] = []
     drawn = []
     for p in points:
         x, y, width = axes.px(p.x), axes.py(p.y), LETTER * len(p.label)
         best, least = (0.0, 0.0, 0.0, 0.0), math.inf
-        for reach in (9, 15, 24, 34):
+        for reach in (9, 14, 22, 32, 44, 58):
             for dx, dy in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
                 left = x + dx * reach - (width if dx < 0 else width / 2 if dx == 0 else 0)
                 top = y + dy * reach - 6
                 box = (left, top, left + width, top + 12)
-                cost = sum(_overlap(box, other) for other in boxes) + 0.4 * reach
-                cost += 1e4 * (box[0] < LEFT or box[2] > WIDTH or box[1] < 0)
-                cost += 1e4 * (box[3] > HEIGHT - BOTTOM)
+                outside = left < LEFT or box[2] > WIDTH or top < 0 or box[3] > HEIGHT - BOTTOM
+                cost = 3 * sum(_overlap(box, other) for other in marks)
+                cost += 4 * sum(_overlap(box, other) for other in taken)
+                cost += 0.6 * sum(_overlap(box, other) for other in bars)
+                cost += 0.9 * reach + 1e4 * outside
                 if cost < least:
                     best, least = box, cost
-        boxes.append(best)
+        taken.append(best)
+        drawn.append(_leader(x, y, best))
         css = "name" if p.role == "run" else "name quiet"
         drawn.append(_text(best[0], best[3] - 2.5, p.label, css, "start"))
     return drawn
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def _leader(x: float, y: float, box: Box) -> str:
+    """A thin line from a mark to its name, where the name is not right beside it."""
+    to_x, to_y = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
+    if math.hypot(to_x - x, to_y - y) < 13:
+        return ""
+    return f'<path class="leader" d="M{x} {y}L{round(to_x, 1)} {round(to_y, 1)}"/>'
+
+
+def _around(x: float, y: float, reach: float) -> Box:
+    return (x - reach, y - reach, x + reach, y + reach)
+
+
+def _bar_boxes(p: Point, axes: Axes) -> list[Box]:
+    x, y, x_error, y_error = axes.px(p.x), axes.py(p.y), _known(p.x_error), _known(p.y_error)
+    return [
+        (axes.px(p.x - x_error), y - 1.5, axes.px(p.x + x_error), y + 1.5),
+        (x - 1.5, axes.py(p.y + y_error), x + 1.5, axes.py(p.y - y_error)),
+    ]
+
+
+def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 

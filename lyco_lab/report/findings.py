@@ -22,7 +22,7 @@ class Finding:
     text: str
 
 
-def findings(results: pd.DataFrame, verdicts: list[Verdict], seeds: int) -> list[Finding]:
+def findings(results: pd.DataFrame, verdicts: list[Verdict]) -> list[Finding]:
     """The page's summary; `results` has a column `label`, a run's name without its concept."""
     found = [*_learnt(results), *_leader(results, "image_similarity_alter", "Fidelity")]
     found += _leader(results, "text_similarity_alter", "Control")
@@ -30,15 +30,17 @@ def findings(results: pd.DataFrame, verdicts: list[Verdict], seeds: int) -> list
     for verdict in verdicts:
         title = "γ equivalence holds" if verdict.equal else "γ equivalence fails"
         found.append(Finding(title, verdict.sentence))
-    if seeds == 1:
-        found.append(
-            Finding(
-                "How far to trust this",
-                "Each configuration was trained with one seed. Standard errors are over prompts; "
-                "how much another seed would change is not known here.",
-            )
-        )
     return found
+
+
+def caveat(seeds: int) -> str:
+    """What the findings cannot say."""
+    if seeds > 1:
+        return f"{seeds} seeds per configuration; standard errors are over prompts."
+    return (
+        "One seed per configuration. Standard errors are over prompts: how much another seed "
+        "would change is not known here."
+    )
 
 
 def runs_of(results: pd.DataFrame) -> pd.DataFrame:
@@ -75,7 +77,7 @@ def _leader(results: pd.DataFrame, column: str, title: str) -> Iterator[Finding]
     best = means.iloc[0]
     tied = [row.Index for row in means.iloc[1:].itertuples() if not leads(best, row)]
     what = f"{metric.title} on {kind} prompts"
-    text = f"{what} ({metric.better} is better): {best.name} at {best['mean']:.3g}"
+    text = f"{what} ({metric.better} is better): {best.name} at {_said(best['mean'])}"
     worst = means.iloc[-1]
     if len(tied) == len(means) - 1:
         text += f", but no configuration is clear of it: the worst is {worst.name}"
@@ -83,10 +85,10 @@ def _leader(results: pd.DataFrame, column: str, title: str) -> Iterator[Finding]
         text += f", not clearly ahead of {_list(tied)}; worst is {worst.name}"
     else:
         text += f", ahead of all others by more than two standard errors; worst is {worst.name}"
-    text += f" at {worst['mean']:.3g}."
+    text += f" at {_said(worst['mean'])}."
     before = results.loc[results["adapter"] == BASE, column].dropna()
     if metric.name != "style_loss" and len(before):
-        text += f" The base model has {before.mean():.3g}."
+        text += f" The base model has {_said(before.mean())}."
     yield Finding(title, text)
 
 
@@ -138,6 +140,12 @@ def _trade_off(results: pd.DataFrame) -> Iterator[Finding]:
         f"Over {len(both)} runs, ranked within their concept, image and text similarity on alter "
         f"prompts move {word} (rank correlation {rho:.2f}).".replace("-", "−"),
     )
+
+
+def _said(value: float) -> str:
+    """Two digits after the point, or two digits at all, and a minus sign that is one."""
+    text = f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
+    return text.replace("-", "−")
 
 
 def _list(words: list[str]) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-COLUMNS = {"train": 1, "trigger": 2, "alter": 5, "style": 2}  # how many prompts of each type
+COLUMNS = {"train": 1, "trigger": 2, "alter": 4, "style": 2}  # how many prompts of each type
+FILLER = "alter"  # shown more often where another type is missing
 LARGEST = 256  # pixels; larger images are shown reduced, as the page carries all of them
 
 
@@ -56,10 +57,12 @@ class Grid:
 def choose_columns(images: pd.DataFrame) -> tuple[Column, ...]:
     """A few prompts of each type, different ones as far as there are."""
     columns = []
-    for kind in dict.fromkeys(images["kind"]):
+    kinds = list(dict.fromkeys(images["kind"]))
+    spare = sum(count for kind, count in COLUMNS.items() if kind not in kinds)
+    for kind in kinds:
         rows = images[images["kind"] == kind]
         first = rows.drop_duplicates("prompt")
-        wanted = COLUMNS.get(kind, 2)
+        wanted = COLUMNS[kind] + spare * (kind == FILLER)
         chosen = pd.concat([first, rows.drop(first.index)]).head(wanted).sort_values("index")
         columns += [Column(kind, r.prompt, int(r.seed), int(r.index_)) for r in _named(chosen)]
     return tuple(columns)

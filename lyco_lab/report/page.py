@@ -6,7 +6,7 @@ the page, no script, no request to anywhere (its own Content-Security-Policy for
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,15 @@ from lyco_lab.data.stage import dataset
 from lyco_lab.evaluate.stage import REAL
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table
-from lyco_lab.record import atomic
+from lyco_lab.record import atomic, identity
 from lyco_lab.report import figures, grids
-from lyco_lab.report.findings import findings
+from lyco_lab.report.findings import caveat, findings
 
 REPORT = "report.html"
 X, Y = "text_similarity_alter", "image_similarity_alter"
 X_TITLE, Y_TITLE = "text similarity → obeys", "image similarity → resembles"
 NAMES = {BASE: "base model", REAL: "training images"}
+THIN = "\N{THIN SPACE}"
 SHOWN_STEPS = 3  # of a gamma pair's losses, at either end
 
 
@@ -59,6 +60,8 @@ class Chart:
 @dataclass(frozen=True)
 class GammaSection:
     verdict: Verdict
+    colours: tuple[int, int]
+    differences: tuple[tuple[str, str, str], ...]
     chart: Markup
     steps: tuple[tuple[int, str, str], ...]  # a few, as hexadecimal floats
 
@@ -68,19 +71,21 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
     numbers = series(study)
     by_name = {run.name: short_name(run) for run in study.runs}
     results = results.assign(label=[NAMES.get(n, by_name.get(n, n)) for n in results["run"]])
+    digits = {column: decimals(results[column]) for column in quoted()}
     html = _template().render(
         study=study,
         legend=list(numbers.items()),
-        findings=findings(results, list(verdicts), len({run.seed for run in study.runs})),
+        findings=findings(results, list(verdicts)),
+        caveat=caveat(len({run.seed for run in study.runs})),
         heads=[(metric, kind) for metric, kind in quoted().values()],
         tables=[
-            (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers))
+            (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers, digits))
             for concept, rows in results.groupby("concept", sort=False)
         ],
         grids=[grid(members, root, numbers) for members in by_concept(study).values()],
         scatters=scatters(results, numbers),
         losses=losses(study, root, numbers),
-        gammas=[gamma_section(verdict) for verdict in verdicts],
+        gammas=[gamma_section(study, verdict, numbers) for verdict in verdicts],
         settings=study.runs[0],
         swatch=lambda number, role="run": Markup(_swatch(number, role)),
     )
@@ -108,38 +113,53 @@ def by_concept(study: Study) -> dict[str, list[Run]]:
     return found
 
 
-def table_rows(rows: pd.DataFrame, numbers: dict[str, int]) -> list[TableRow]:
-    """One concept's rows; the best of each column among the runs is marked, ties included."""
-    runs = rows[~rows["adapter"].isin(list(NAMES))]
+def table_rows(
+    rows: pd.DataFrame, numbers: dict[str, int], digits: dict[str, int]
+) -> list[TableRow]:
+    """One concept's rows; the best of each column among the runs is marked, ties included.
+
+    Values equal at the digits shown are ties. A column in which all runs tie marks none.
+    """
+    is_run = ~rows["adapter"].isin(list(NAMES))
     best = {}
     for column, (metric, _) in quoted().items():
-        best[column] = runs[column].max() if metric.better == "higher" else runs[column].min()
+        among = rows[column][is_run].dropna()
+        texts = {written(value, digits[column]) for value in among}
+        top = among.max() if metric.better == "higher" else among.min()
+        best[column] = written(top, digits[column]) if len(texts) > 1 else None
     found = []
     for row in rows.to_dict("records"):
         role = row["adapter"] if row["adapter"] in NAMES else "run"
         cells = []
         for column in quoted():
-            value, error = row[column], row[f"{column}_se"]
-            text = f"{value:.3g}" if abs(value) < 1e-2 else f"{value:.2f}"
+            text = written(row[column], digits[column])
+            error = row[f"{column}_se"]
             cells.append(
                 TableCell(
-                    "–" if math.isnan(value) else text.replace("-", "−"),
-                    "" if math.isnan(error) else f"{error:.1g}" if error < 1e-2 else f"{error:.2f}",
-                    role == "run" and len(runs) > 1 and value == best[column],
+                    text,
+                    written(error, digits[column]) if error else "",
+                    role == "run" and text == best[column],
                 )
             )
-        params, seconds = row.get("trainable_params"), row.get("train_seconds")
-        found.append(
-            TableRow(
-                row["label"],
-                role,
-                numbers.get(row["label"], 0),
-                tuple(cells),
-                f"{int(params):,}".replace(",", " ") if role == "run" and params else "–",
-                f"{seconds:.0f} s" if role == "run" and seconds is not None else "–",
-            )
-        )
+        params = f"{int(row['trainable_params']):,}".replace(",", THIN) if role == "run" else ""
+        seconds = f"{row['train_seconds']:.0f} s" if role == "run" else ""
+        number = numbers.get(row["label"], 0)
+        found.append(TableRow(row["label"], role, number, tuple(cells), params, seconds))
     return found
+
+
+def decimals(values: pd.Series) -> int:
+    """So many that a column's usual value shows two digits, and at least two of them."""
+    sizes = values.abs()[values.abs() > 0]
+    if sizes.empty:
+        return 2
+    middle = sizes.median()
+    return 0 if middle >= 100 else max(2, 1 - math.floor(math.log10(middle)))
+
+
+def written(value: float, digits: int) -> str:
+    """In the column's digits; "" for nothing, and no minus sign before a zero."""
+    return "" if math.isnan(value) else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:
@@ -160,7 +180,7 @@ def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:
 
 
 def scatters(results: pd.DataFrame, numbers: dict[str, int]) -> list[Chart]:
-    """Fidelity over controllability, a panel per concept, all on the same axes."""
+    """Fidelity over controllability, a panel per concept; concepts differ too much for one."""
     panels = {
         str(concept): [
             figures.Point(
@@ -176,12 +196,12 @@ def scatters(results: pd.DataFrame, numbers: dict[str, int]) -> list[Chart]:
         ]
         for concept, rows in results.groupby("concept", sort=False)
     }
-    axes = figures.scatter_axes([p for ps in panels.values() for p in ps], X_TITLE, Y_TITLE)
     said = "image similarity over text similarity on alter prompts, one mark per model"
-    return [
-        Chart(concept, Markup(figures.scatter(points, axes, f"{concept}: {said}")))
-        for concept, points in panels.items()
-    ]
+    charts = []
+    for concept, points in panels.items():
+        axes = figures.scatter_axes(points, X_TITLE, Y_TITLE)
+        charts.append(Chart(concept, Markup(figures.scatter(points, axes, f"{concept}: {said}"))))
+    return charts
 
 
 def losses(study: Study, root: Path, numbers: dict[str, int]) -> list[Chart]:
@@ -208,12 +228,16 @@ def read_curve(path: Path) -> tuple[list[int], list[float]]:
     return [int(row["step"]) for row in rows], [exact(row["loss"]) for row in rows]
 
 
-def gamma_section(verdict: Verdict) -> GammaSection:
-    """The two curves on top of each other, and the first and last losses in full."""
+def gamma_section(study: Study, verdict: Verdict, numbers: dict[str, int]) -> GammaSection:
+    """What differs between the two runs, their curves on top of each other, some losses in full."""
+    runs = [study.run(verdict.gamma_run), study.run(verdict.rewritten_run)]
+    colours = [numbers[short_name(run)] for run in runs]
     steps = [step for step, _, _ in verdict.losses]
     lines = [
-        figures.smoothed(steps, [row[1] for row in verdict.losses], verdict.gamma_run, 0),
-        figures.smoothed(steps, [row[2] for row in verdict.losses], verdict.rewritten_run, 1),
+        figures.smoothed(steps, [row[1] for row in verdict.losses], verdict.gamma_run, colours[0]),
+        figures.smoothed(
+            steps, [row[2] for row in verdict.losses], verdict.rewritten_run, colours[1]
+        ),
     ]
     axes = figures.curve_axes(lines, "step", "loss")
     said = f"training losses of {verdict.gamma_run} and {verdict.rewritten_run}, one over the other"
@@ -222,9 +246,27 @@ def gamma_section(verdict: Verdict) -> GammaSection:
         shown = shown[:SHOWN_STEPS] + shown[-SHOWN_STEPS:]
     return GammaSection(
         verdict,
+        (colours[0], colours[1]),
+        tuple(differences(*runs)),
         Markup(figures.curves(lines, axes, said, css="twin")),
         tuple((step, a.hex(), b.hex()) for step, a, b in shown),
     )
+
+
+def differences(one: Run, other: Run) -> list[tuple[str, str, str]]:
+    """(setting, its value in one run, in the other) wherever two runs differ."""
+    here, there = flat(identity(one.to_dict())), flat(identity(other.to_dict()))
+    keys = [key for key in here | there if here.get(key) != there.get(key)]
+    return [(key, str(here.get(key, "–")), str(there.get(key, "–"))) for key in keys]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        inside = isinstance(value, Mapping)
+        found |= flat(value, f"{prefix}{key}.") if inside else {f"{prefix}{key}": value}
+    return found
 
 
 def _swatch(number: int, role: str) -> str:
