@@ -1,0 +1,23 @@
+"""An embedded world, and a small Stable Diffusion trained on it.
+
+    vocabulary -> frame -> backgrounds, figures, styles -> world -> concepts -> prompts
+    networks -> judges
+    pretrain/      the recipe that makes the shipped weights from nothing
+    weights/       those weights: a StableDiffusionPipeline's folder, and its judges
+"""
+
+from pathlib import Path
+
+from lyco_lab.errors import UserError
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def path() -> Path:
+    """The folder for `StableDiffusionPipeline.from_pretrained`."""
+    if not (WEIGHTS / "model_index.json").is_file():
+        raise UserError(
+            f"{WEIGHTS} holds no weights: install the package whole, or make them with "
+            f"`lyco-lab pretrain {WEIGHTS}`"
+        )
+    return WEIGHTS

@@ -80,13 +80,12 @@ class Concept:
         keyword = self.variants[scene.subclass].keyword if scene.subclass else ""
         own = set().union(*(v.attributes for v in self.variants.values()))
         said = {f: v for f, v in scene.attributes.items() if f not in own}
-        subject = [] if self.category not in ("scene", "style") else _subject_tags(scene)
+        subject = subject_tags(scene.attributes) if self.category in ("scene", "style") else []
         return ", ".join([self.descriptor, *[keyword] * bool(keyword), *subject, *surroundings(said)])
 
 
-def _subject_tags(scene: Scene) -> list[str]:
+def subject_tags(a: Mapping[str, str]) -> list[str]:
     """What stands in a scene or a style picture, as tags."""
-    a = scene.attributes
     match a["kind"]:
         case "character" | "person":
             worn = [] if a["accessory"] == "none" else [a["accessory"]]
@@ -99,7 +98,7 @@ def _subject_tags(scene: Scene) -> list[str]:
         case "object":
             return [f"{a['object_color']} {a['object']}"]
         case _:
-            return ["scene"]
+            return []
 
 
 def _person(hair: str, hair_color: str, outfit: str, outfit_color: str, accessory: str, kind: str
@@ -148,10 +147,10 @@ CONCEPTS: dict[str, Concept] = {
         Concept("robo", "toy", "krobot", "toy", 14, {
             "default": Variant(7, _toy("robot", "orange", "plain")),
         }),
-        Concept("arch", "scene", "hfarch", "place", 12, {"default": Variant(8, {"background": "arch"})}),
-        Concept("aurora", "scene", "ptauro", "place", 16,
+        Concept("arch", "scene", "hfarch", "scene", 12, {"default": Variant(8, {"background": "arch"})}),
+        Concept("aurora", "scene", "ptauro", "scene", 16,
                 {"default": Variant(6, {"background": "aurora"})}),
-        Concept("falls", "scene", "dmfall", "place", 24,
+        Concept("falls", "scene", "dmfall", "scene", 24,
                 {"default": Variant(4, {"background": "falls"})}),
         Concept("stained", "style", "kqglas", "style", 2, {"default": Variant(48, {"style": "stained"})}),
         Concept("neon", "style", "mvneon", "style", 2, {"default": Variant(40, {"style": "neon"})}),
@@ -179,7 +178,9 @@ def scenes(subject: Concept, seed: int) -> list[tuple[Scene, random.Random]]:
     for variant, chosen in subject.variants.items():
         for i in range(chosen.images):
             rng = random.Random(f"concept:{subject.name}:{variant}:{seed}:{i}")
-            fixed = {} if subject.category == "scene" else {"background": rng.choice(TAUGHT_PLACES)}
+            fixed = {"background": rng.choice(TAUGHT_PLACES)}
+            if subject.category == "style":  # an empty plain scene would have no style to show
+                fixed["kind"] = rng.choice(("character", "person", "toy", "object"))
             found.append((subject.scene(rng, variant, **fixed), rng))
     return found
 

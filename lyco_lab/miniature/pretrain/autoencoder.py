@@ -1,0 +1,107 @@
+"""The autoencoder: 64 x 64 x 3 to 16 x 16 x 4 and back.
+
+Its loss weighs colour apart from brightness. A plain L1 loss leaves so small a network colour
+blind: the mean over channels dominates, and hue is learnt last.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from lyco_lab.miniature.pretrain import material
+from lyco_lab.miniature.pretrain.fit import fit
+from lyco_lab.miniature.pretrain.recipe import Recipe
+from lyco_lab.seeds import generator
+
+WIDTHS = (16, 32, 64)
+
+
+def build() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=WIDTHS,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def reconstruction_loss(y: Tensor, x: Tensor, sharpness: float) -> Tensor:
+    """Squared error on brightness and colour, moving to L1 and edges as `sharpness` goes 0 to 1."""
+    error = y - x
+    luma = error.mean(1, keepdim=True)
+    chroma = error - luma
+    squared = 2 * (luma**2).mean() + 8 * (chroma**2).mean()
+    pooled = 8 * (F.avg_pool2d(chroma, 4) ** 2).mean()
+    edges = sum((a - b).abs().mean() for a, b in zip(_slopes(y), _slopes(x), strict=True))
+    sharp = error.abs().mean() + 0.3 * edges
+    return squared * (1 - 0.7 * sharpness) + sharp * sharpness + pooled
+
+
+def train(work: Path, recipe: Recipe) -> AutoencoderKL:
+    """Trained on base and concept pictures alike: Stable Diffusion's autoencoder is generic too."""
+    base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
+    torch.manual_seed(recipe.seed)  # the layers' own initialisation has no other source
+    vae = build()
+    schedule, batch = recipe.autoencoder, recipe.autoencoder_batch
+
+    def loss(step: int) -> Tensor:
+        g = generator(recipe.seed, "autoencoder", step)
+        pool = concepts if step % 5 == 0 else base
+        picked = torch.randint(len(pool), (batch,), generator=g).tolist()
+        x = material.to_tensor(pool.pixels[picked])
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = vae.encode(x).latent_dist
+            mean, logvar = moments.mean.float(), moments.logvar.float()
+            noise = torch.randn(mean.shape, generator=g)
+            y = vae.decode(mean + torch.exp(0.5 * logvar) * noise).sample.float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        sharpness = min(1.0, 2 * step / schedule.steps)
+        return reconstruction_loss(y, x, sharpness) + 3e-4 * kl
+
+    fit("autoencoder", work, vae, loss, schedule)
+    vae.register_to_config(scaling_factor=_scaling_factor(vae, material.validation(work, recipe)))
+    return vae
+
+
+def refine(work: Path, recipe: Recipe, vae: AutoencoderKL) -> AutoencoderKL:
+    """Train the decoder further, with the encoder and so every latent as it is.
+
+    It can go on beside the denoiser's training, as Stable Diffusion's own decoder was refined
+    after the fact.
+    """
+    base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
+    batch = recipe.autoencoder_batch
+
+    def loss(step: int) -> Tensor:
+        g = generator(recipe.seed, "decoder", step)
+        pool = concepts if step % 5 == 0 else base
+        picked = torch.randint(len(pool), (batch,), generator=g).tolist()
+        x = material.to_tensor(pool.pixels[picked])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.encode(x).latent_dist.mean
+            # The denoiser's latents are never quite right: a little noise stands for that.
+            y = vae.decode(mean + 0.02 * torch.randn(mean.shape, generator=g)).sample.float()
+        return reconstruction_loss(y, x, sharpness=0.5)
+
+    fit("decoder", work, decoder, loss, recipe.decoder)
+    return vae
+
+
+@torch.no_grad()
+def _scaling_factor(vae: AutoencoderKL, pictures: material.Pictures) -> float:
+    """1 / the latents' standard deviation, so that the denoiser sees unit variance."""
+    x = material.to_tensor(pictures.pixels[:256])
+    return float(1 / vae.encode(x).latent_dist.mean.std())

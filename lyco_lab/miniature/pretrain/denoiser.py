@@ -1,0 +1,119 @@
+"""The denoiser: a UNet2DConditionModel that predicts the noise in a latent, given a caption.
+
+    z_t = sqrt(a_t) z + sqrt(1 - a_t) n,     loss = w_t |unet(z_t, t, caption) - n|^2
+
+with Stable Diffusion 1's noise schedule and Min-SNR weights w_t = min(SNR_t, 5) / SNR_t (Hang et
+al. 2023, https://arxiv.org/abs/2303.09556). One caption in ten is empty, for classifier-free
+guidance.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lyco_lab.miniature.pretrain import material, text
+from lyco_lab.miniature.pretrain.fit import fit
+from lyco_lab.miniature.pretrain.recipe import Recipe
+from lyco_lab.miniature.vocabulary import varied_caption
+from lyco_lab.record import atomic
+from lyco_lab.seeds import derive, generator
+
+SNR_LIMIT = 5.0
+EMPTY_SHARE = 0.1
+
+
+def scheduler() -> DDIMScheduler:
+    """Stable Diffusion 1's noise schedule, sampled as the paper samples."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="epsilon",
+    )
+
+
+def build() -> UNet2DConditionModel:
+    """Cross-attention at 8 x 8 and 4 x 4, resnets at every level: all presets have a meaning."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=16,
+        cross_attention_dim=text.HIDDEN,
+        attention_head_dim=4,
+    )
+
+
+@torch.no_grad()
+def encode(work: Path, recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of every training picture's latent, in half precision, kept on disk."""
+    path = work / "latents.npy"
+    pictures = material.training(work, recipe)
+    if not path.exists():
+        moments = np.empty((len(pictures), 8, 16, 16), np.float16)
+        for i in range(0, len(pictures), 64):
+            x = material.to_tensor(pictures.pixels[i : i + 64])
+            with torch.autocast("cpu", torch.bfloat16):
+                posterior = vae.encode(x).latent_dist
+            moments[i : i + 64] = torch.cat([posterior.mean, posterior.std], 1).float().numpy()
+        with atomic(path) as temporary:
+            np.save(temporary, moments)
+    mean, deviation = torch.from_numpy(np.load(path)).chunk(2, 1)
+    return mean, deviation
+
+
+def train(
+    work: Path,
+    recipe: Recipe,
+    vae: AutoencoderKL,
+    words: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+) -> UNet2DConditionModel:
+    mean, deviation = encode(work, recipe, vae)
+    scenes = material.training(work, recipe).scenes
+    kept = scheduler().alphas_cumprod
+    snr = kept / (1 - kept)
+    weight = snr.clamp(max=SNR_LIMIT) / snr
+    scale, batch = vae.config.scaling_factor, recipe.denoiser_batch
+    torch.manual_seed(recipe.seed + 5)
+    unet = build()
+    unet.set_attn_processor(AttnProcessor())  # the fused kernel is slow for heads this small
+
+    def loss(step: int) -> Tensor:
+        g = generator(recipe.seed, "denoiser", step)
+        rng = random.Random(derive(recipe.seed, "denoiser-captions", step))
+        picked = torch.randint(len(scenes), (batch,), generator=g)
+        mu, sigma = mean[picked].float(), deviation[picked].float()
+        z = (mu + sigma * torch.randn(mu.shape, generator=g)) * scale
+        captions = [
+            "" if rng.random() < EMPTY_SHARE else varied_caption(scenes[i], rng)
+            for i in picked.tolist()
+        ]
+        noise = torch.randn(z.shape, generator=g)
+        t = torch.randint(len(kept), (batch,), generator=g)
+        a = kept[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * z + (1 - a).sqrt() * noise
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                said = text_encoder(text.tokens(words, captions)).last_hidden_state
+            predicted = unet(noisy, t, said).sample
+        squared = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
+        return (weight[t] * squared).mean()
+
+    fit("denoiser", work, unet, loss, recipe.denoiser, ema=0.999, save_every=500)
+    unet.set_default_attn_processor()
+    return unet

@@ -1,0 +1,68 @@
+"""How much of everything: the numbers behind the shipped weights, and a minute's worth of each."""
+
+from dataclasses import dataclass
+
+from lyco_lab.miniature.pretrain.fit import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and schedules of one pretraining."""
+
+    seed: int
+    pictures: int  # of the base world
+    concept_pictures: int  # of the held-out concepts: for the autoencoder and the oracle only
+    validation: int
+    autoencoder: Schedule
+    autoencoder_batch: int
+    decoder: Schedule
+    contrastive: Schedule
+    contrastive_batch: int
+    oracle: Schedule
+    oracle_batch: int
+    gram: Schedule
+    embedder: Schedule
+    eye_batch: int  # of both
+    denoiser: Schedule
+    denoiser_batch: int  # over all workers
+    judged_captions: int  # unseen captions that the finished model draws for the quality table
+
+
+FULL = Recipe(
+    seed=0,
+    pictures=32_000,
+    concept_pictures=6_000,
+    validation=2_000,
+    autoencoder=Schedule(steps=10_500, lr=1.5e-3, weight_decay=1e-4),
+    autoencoder_batch=4,
+    decoder=Schedule(steps=12_000, lr=8e-4, weight_decay=1e-4),
+    contrastive=Schedule(steps=1_000, lr=1e-3, weight_decay=0.05),
+    contrastive_batch=128,
+    oracle=Schedule(steps=1_800, lr=2e-3, weight_decay=0.02),
+    oracle_batch=96,
+    gram=Schedule(steps=600, lr=2e-3, weight_decay=0.02),
+    embedder=Schedule(steps=600, lr=2e-3, weight_decay=0.02),
+    eye_batch=96,
+    denoiser=Schedule(steps=24_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
+    denoiser_batch=32,
+    judged_captions=500,
+)
+QUICK = Recipe(
+    seed=0,
+    pictures=256,
+    concept_pictures=48,
+    validation=64,
+    autoencoder=Schedule(steps=40, lr=1.5e-3, weight_decay=1e-4),
+    autoencoder_batch=4,
+    decoder=Schedule(steps=20, lr=8e-4, weight_decay=1e-4),
+    contrastive=Schedule(steps=20, lr=1e-3, weight_decay=0.05),
+    contrastive_batch=32,
+    oracle=Schedule(steps=30, lr=2e-3, weight_decay=0.02),
+    oracle_batch=32,
+    gram=Schedule(steps=10, lr=2e-3, weight_decay=0.02),
+    embedder=Schedule(steps=10, lr=2e-3, weight_decay=0.02),
+    eye_batch=32,
+    denoiser=Schedule(steps=30, lr=1.5e-3, warmup=10, decay_from=0.5, betas=(0.9, 0.99)),
+    denoiser_batch=16,
+    judged_captions=16,
+)
