@@ -43,7 +43,7 @@ FULL = Recipe(
     gram=Schedule(steps=600, lr=2e-3, weight_decay=0.02),
     embedder=Schedule(steps=600, lr=2e-3, weight_decay=0.02),
     eye_batch=96,
-    denoiser=Schedule(steps=24_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
+    denoiser=Schedule(steps=17_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=32,
     judged_captions=500,
 )
