@@ -1,35 +1,45 @@
-"""The world as folders of images, captions and a manifest: the format that real data uses too.
+"""The world on disk, in the format that real data uses: images, captions, manifest.
 
-OUT/world/            pictures of the pretraining world
-OUT/concepts/NAME/    what is held out of it, as a run trains on it
+    OUT/world/         pictures of the pretraining world
+    OUT/concepts/NAME/ the training folder of each held-out concept
 """
 
 import json
+import random
 from pathlib import Path
 
 from PIL import Image
+from rich.progress import track
 
-from lyco_lab.miniature.concepts import CONCEPTS
-from lyco_lab.miniature.concepts import write as write_concept
-from lyco_lab.miniature.vocabulary import caption
-from lyco_lab.miniature.world import pictures
-from lyco_lab.record import atomic
+from lyco_lab.errors import UserError
+from lyco_lab.miniature import concepts
+from lyco_lab.miniature.vocabulary import caption, sample
+from lyco_lab.miniature.world import render
+from lyco_lab.record import atomic, writing
 
 
 def write(out: Path, count: int, seed: int = 0) -> None:
-    """`count` pictures of the world, and all concepts. Written again, they are the same bytes."""
-    folder = out / "world"
-    drawn = pictures(count, seed)
+    """`count` pictures and all concepts; the same arguments give the same bytes.
+
+    Refuses a folder with other files in it: nothing that it did not write is touched.
+    """
+    world = out / "world"
+    foreign = [p for p in out.iterdir() if p.name not in ("world", "concepts")] if out.is_dir() else []
+    if foreign:
+        raise UserError(f"{out} holds other files ({foreign[0].name}): name a new folder")
+    with writing(world):
+        world.mkdir(parents=True, exist_ok=True)
     lines = []
-    for index, (scene, pixels) in enumerate(zip(drawn.scenes, drawn.pixels, strict=True)):
-        name, text = f"{index:06d}", caption(scene)
-        with atomic(folder / f"{name}.png") as temporary:
-            Image.fromarray(pixels).save(temporary, format="PNG")
-        with atomic(folder / f"{name}.txt") as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-        line = {"file": f"{name}.png", "caption": text, "attributes": scene.readable()}
-        lines.append(json.dumps(line) + "\n")
-    with atomic(folder / "manifest.jsonl") as temporary:
-        temporary.write_text("".join(lines), encoding="utf-8")
-    for concept in CONCEPTS.values():
-        write_concept(concept, out / "concepts" / concept.name, seed)
+    for i in track(range(count), description="world"):
+        rng = random.Random(f"world:{seed}:{i}")
+        scene = sample(rng)
+        text = caption(scene)
+        with atomic(world / f"{i:06d}.png") as path:
+            Image.fromarray(render(scene, rng)).save(path, format="PNG")
+        with atomic(world / f"{i:06d}.txt") as path:
+            path.write_text(text + "\n", encoding="utf-8")
+        lines.append({"file": f"{i:06d}.png", "caption": text, "attributes": scene.readable()})
+    with atomic(world / "manifest.jsonl") as path:
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    for subject in concepts.CONCEPTS.values():
+        concepts.write(subject, out / "concepts" / subject.name, seed)

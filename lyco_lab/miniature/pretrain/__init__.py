@@ -7,3 +7,7 @@
 Every part resumes where it was, from the checkpoints in the working folder; a part that is done
 is read from there.
 """
+
+from lyco_lab.miniature.pretrain.run import pretrain
+
+__all__ = ["pretrain"]
