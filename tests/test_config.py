@@ -7,7 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyco_lab import gamma
@@ -226,6 +226,7 @@ def test_the_hash_sees_everything_else(change):
     assert a_run(**change).hash != a_run().hash
 
 
+@settings(max_examples=30, deadline=None)  # each example writes to the disk
 @given(
     lr=st.floats(min_value=1e-300, max_value=1e300),
     folder=st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), min_size=1),
