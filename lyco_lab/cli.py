@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 a mistake in what was asked (one line on stderr), 130 inte
 """
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,10 @@ def run(
     wandb: Annotated[
         str | None, typer.Option(help="offline, online or disabled; short for wandb.mode=…")
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time; one per core for the embedded model, else 1."),
+    ] = None,
     out: Folder = Path("runs"),
 ) -> None:
     """Train, generate and evaluate what a study asks for, then compare. Skips what is done."""
@@ -68,9 +73,10 @@ def run(
         _show_plan(console, loaded, out, full=dry_run)
         if dry_run:
             return
-        from lyco_lab.engines.local import run_study
+        from lyco_lab.engines.local import run_study, suggested_workers
 
-        outcome = run_study(loaded, out, announce=console.print)
+        workers = workers or suggested_workers(loaded)
+        outcome = run_study(loaded, out, announce=console.print, workers=workers)
         _show_outcome(console, loaded, outcome, out)
 
 
@@ -185,5 +191,7 @@ def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: 
 
 
 def main() -> None:
-    """The entry point of `lyco-lab`."""
+    """The entry point of `lyco-lab`. What its libraries say of themselves is kept off the screen."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app(prog_name="lyco-lab")

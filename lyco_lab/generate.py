@@ -23,9 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import track
 
 from lyco_lab import miniature, tracking
 from lyco_lab.config import Run
@@ -35,7 +35,8 @@ from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
 from lyco_lab.miniature.prompts import Prompt, prompts
-from lyco_lab.record import Record, atomic
+from lyco_lab.progress import track
+from lyco_lab.record import Record, atomic, locked
 
 STAGE = "generate"
 TABLE = "images.parquet"
@@ -76,10 +77,11 @@ def generate(run: Run, record: Record) -> None:
             f"generate.types = {list(run.generate.types)} gives no prompt for run {run.name!r}: "
             "concepts of the category 'style' have none of the type 'style'"
         )
-    diffusion = load(model_folder(run))
+    diffusion = load(model_folder(run)).to("cuda" if torch.cuda.is_available() else "cpu")
     base = base_folder(run, record)
-    if not (base / TABLE).is_file():
-        render(run, diffusion, asked, base, f"{run.name}: base model")
+    with locked(base):  # runs side by side ask for the same
+        if not (base / TABLE).is_file():
+            render(run, diffusion, asked, base, f"{run.name}: base model")
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
         mounted.merge()
     render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate")
@@ -155,7 +157,7 @@ def render(
     """
     size = run.generate.batch_size
     batches = [asked[i : i + size] for i in range(0, len(asked), size)]
-    for batch in track(batches, description=title):
+    for batch in track(batches, title):
         paths = [image_path(folder, prompt.kind, prompt.index) for prompt in batch]
         if all(path.is_file() for path in paths):
             continue

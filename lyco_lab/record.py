@@ -10,6 +10,7 @@ not yet complete is not yet visible under its final name.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -90,6 +91,20 @@ def writing(folder: Path) -> Iterator[None]:
             reason = os.strerror(number).lower() if number else str(error)
             raise UserError(f"cannot write in {folder}: {reason}; choose another folder") from error
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on `folder`, and keep others waiting meanwhile.
+
+    The lock dies with the process that holds it, however it ends.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, past `writing`
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _nearly_full(folder: Path) -> bool:

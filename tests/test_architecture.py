@@ -13,7 +13,7 @@ LIBRARY = ROOT / "lyco_lab"
 
 # A module may import its own package and whatever stands before it.
 ORDER = (
-    "errors", "seeds", "linalg", "record", "adapters", "gamma", "config", "formats", "diffusion",
+    "errors", "seeds", "linalg", "record", "progress", "adapters", "gamma", "config", "formats", "diffusion",
     "miniature", "data", "tracking", "train", "generate", "evaluate", "analyse", "report",
     "dry_run", "engines", "cli", "__main__",
 )  # fmt: skip

@@ -1,32 +1,46 @@
-"""All runs of a study in this process, one after another.
+"""All runs of a study on this machine, one after another or a few at a time.
 
     data -> train -> generate -> evaluate        for each run, in runs/NAME-HASH
     analyse -> report                            for the study, in runs/STUDY
 
 A stage that is done is skipped, so running a study again goes on where it stopped, and a study
 that shares a run with another finds it done.
+
+With several workers each run has a process of its own, with its share of the processor's cores.
+A run's folder is locked while it is worked on, and workers die with the process that began them:
+a second command, or the same one after a kill, never writes beside the first.
 """
 
+import multiprocessing
+import os
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import torch
 
+from lyco_lab import progress
 from lyco_lab.analyse import analyse
 from lyco_lab.analyse.gamma_pair import Verdict
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import prepare
+from lyco_lab.errors import Interrupted
 from lyco_lab.evaluate.stage import evaluate
 from lyco_lab.generate import generate
-from lyco_lab.record import STAGES, Record
+from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
 from lyco_lab.train import train
 
 Stage = Callable[[Run, Record], None]
 BY_NAME: dict[str, Stage] = dict(zip(STAGES, (prepare, train, generate, evaluate), strict=True))
+Announce = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,36 +58,152 @@ class Clock:
 
     spent_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def left_s(self, waiting: list[str]) -> float | None:
-        """For these stages; None while one of them has never been timed."""
+    def left_s(self, waiting: list[str], workers: int = 1) -> float | None:
+        """For these stages, shared by `workers`; None while one was never timed."""
         if any(not self.spent_s[stage] for stage in waiting):
             return None
-        return sum(sum(self.spent_s[s]) / len(self.spent_s[s]) for s in waiting)
+        return sum(sum(self.spent_s[s]) / len(self.spent_s[s]) for s in waiting) / workers
+
+
+def suggested_workers(study: Study) -> int:
+    """One process per core for the embedded model, which gains nothing from more cores than one.
+
+    A full-size model takes all cores, or the GPU, and most of the memory for itself.
+    """
+    small = all(run.model.path == "miniature" for run in study.runs)
+    if not small or torch.cuda.is_available():
+        return 1
+    return max(1, min(os.cpu_count() or 1, len(study.runs)))
 
 
 def run_study(
     study: Study,
     root: Path,
-    announce: Callable[[str], None] = print,
+    announce: Announce = print,
+    workers: int = 1,
 ) -> Outcome:
     """Whatever of the study is not done yet, below `root`; says each stage through `announce`."""
     records = {run.name: Record.open(root, run) for run in study.runs}
-    work = [
-        (run, stage) for run in study.runs for stage in STAGES if not records[run.name].done(stage)
-    ]
-    total = len(study.runs) * len(STAGES)
-    if len(work) < total:
-        announce(f"{total - len(work)} of {total} stages are done already")
+    waiting = {
+        run.name: [stage for stage in STAGES if not records[run.name].done(stage)]
+        for run in study.runs
+    }
+    total, left = len(study.runs) * len(STAGES), sum(map(len, waiting.values()))
+    if left < total:
+        announce(f"{total - left} of {total} stages are done already")
+    runs = [run for run in study.runs if waiting[run.name]]
+    if workers > 1 and len(runs) > 1:
+        _side_by_side(runs, waiting, root, announce, min(workers, len(runs)))
+    else:
+        _one_by_one(runs, waiting, records, announce)
+    announce("comparing")
+    return conclude(study, root)
+
+
+def _one_by_one(
+    runs: Iterable[Run],
+    waiting: dict[str, list[str]],
+    records: dict[str, Record],
+    announce: Announce,
+) -> None:
+    work = [(run, stage) for run in runs for stage in waiting[run.name]]
     clock = Clock()
     for number, (run, stage) in enumerate(work):
         left_s = clock.left_s([stage for _, stage in work[number:]])
         left = "" if left_s is None else f", about {minutes(left_s)} left"
         announce(f"[{number + 1}/{len(work)}] {run.name}: {stage}{left}")
         began_s = time.monotonic()
-        BY_NAME[stage](run, records[run.name])
+        with locked(records[run.name].path):
+            BY_NAME[stage](run, records[run.name])
         clock.spent_s[stage].append(time.monotonic() - began_s)
-    announce("comparing")
-    return conclude(study, root)
+
+
+def _side_by_side(
+    runs: list[Run],
+    waiting: dict[str, list[str]],
+    root: Path,
+    announce: Announce,
+    workers: int,
+) -> None:
+    """A process per worker. Here only news is received and shown, in bars that come and go."""
+    context = multiprocessing.get_context("spawn")
+    news = context.SimpleQueue()
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with ExitStack() as stack:
+        pool = ProcessPoolExecutor(workers, context, _begin, (news, threads, os.getpid()))
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        screen = stack.enter_context(progress.columns())
+        say = screen.console.print if screen.console.is_terminal else announce
+        listener = threading.Thread(
+            target=_listen, args=(news, screen, say, waiting, workers), daemon=True
+        )
+        listener.start()
+        stack.callback(lambda: (news.put(None), listener.join()))
+        jobs: list[Future[None]] = [
+            pool.submit(_work, run, root, waiting[run.name]) for run in runs
+        ]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException as error:
+            for job in jobs:
+                job.cancel()
+            # Ctrl-C reaches the workers too: they finish their step, save it, and say so.
+            if isinstance(error, KeyboardInterrupt):
+                raise Interrupted("every run that was being worked on has saved its state") from None
+            raise
+
+
+def _listen(
+    news: Any, screen: Any, say: Announce, waiting: dict[str, list[str]], workers: int
+) -> None:
+    """Show what workers report until None arrives."""
+    total = sum(map(len, waiting.values()))
+    overall = screen.add_task("all runs", total=total, note="")
+    bars: dict[str, Any] = {}
+    clock, left = Clock(), [stage for stages in waiting.values() for stage in stages]
+    while (item := news.get()) is not None:
+        if isinstance(item, progress.News):
+            if item.title not in bars:
+                bars[item.title] = screen.add_task(item.title, total=item.total, note="")
+            screen.update(bars[item.title], completed=item.done, note=item.note)
+            if item.done >= item.total:
+                screen.remove_task(bars.pop(item.title))
+            continue
+        name, stage, seconds = item
+        clock.spent_s[stage].append(seconds)
+        left.remove(stage)
+        screen.advance(overall)
+        rest = clock.left_s(left, workers)
+        about = "" if rest is None else f", about {minutes(rest)} left"
+        say(f"[{total - len(left)}/{total}] {name}: {stage} done in {seconds:.0f} s{about}")
+
+
+_news: Any = None  # a worker's way to the process that shows
+
+
+def _begin(news: Any, threads: int, parent: int) -> None:
+    """Set a worker up: its share of the cores, where its bars go, and whom it dies with."""
+    global _news
+    _news = news
+    torch.set_num_threads(threads)
+    progress.send_to(news.put)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.2)
+    os._exit(1)
+
+
+def _work(run: Run, root: Path, stages: list[str]) -> None:
+    record = Record.open(root, run)
+    for stage in stages:
+        began_s = time.monotonic()
+        with locked(record.path):
+            BY_NAME[stage](run, record)
+        _news.put((run.name, stage, time.monotonic() - began_s))
 
 
 def conclude(study: Study, root: Path) -> Outcome:

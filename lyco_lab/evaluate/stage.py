@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from PIL import Image
-from rich.progress import track
 
 from lyco_lab import tracking
 from lyco_lab.config import Run
@@ -30,6 +29,7 @@ from lyco_lab.evaluate.base import Encoded, Images, Judges, Score, View
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table, scored
 from lyco_lab.miniature import judges as miniature_judges
+from lyco_lab.progress import track
 from lyco_lab.record import Record, atomic
 
 STAGE = "evaluate"
@@ -55,7 +55,7 @@ def evaluate(run: Run, record: Record) -> None:
 
     found: Found = {}
     found_base: Found = {}
-    for kind in track(list(dict.fromkeys(made["kind"])), description=f"{run.name}: evaluate"):
+    for kind in track(list(dict.fromkeys(made["kind"])), f"{run.name}: evaluate"):
         rows, rows_base = made[made["kind"] == kind], before[before["kind"] == kind]
         partner = Encoded(read_images(rows_base["file"].tolist()), judges)
         ours = Encoded(read_images(rows["file"].tolist()), judges)

@@ -9,12 +9,12 @@ import random
 from pathlib import Path
 
 from PIL import Image
-from rich.progress import track
 
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import concepts
 from lyco_lab.miniature.vocabulary import caption, sample
 from lyco_lab.miniature.world import render
+from lyco_lab.progress import track
 from lyco_lab.record import atomic, writing
 
 
@@ -30,7 +30,7 @@ def write(out: Path, count: int, seed: int = 0) -> None:
     with writing(world):
         world.mkdir(parents=True, exist_ok=True)
     lines = []
-    for i in track(range(count), description="world"):
+    for i in track(range(count), "world"):
         rng = random.Random(f"world:{seed}:{i}")
         scene = sample(rng)
         text = caption(scene)

@@ -14,17 +14,16 @@ import lightning.pytorch as lightning
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lyco_lab.config import Run
 from lyco_lab.data.batches import Batch
 from lyco_lab.errors import Interrupted
+from lyco_lab.progress import Bar
 from lyco_lab.record import atomic
 from lyco_lab.tracking import Tracker
 from lyco_lab.train import guard
 from lyco_lab.train.checkpoint import Checkpoints, write
 from lyco_lab.train.journal import Journal
-from lyco_lab.train.module import Training
 
 NORM_EVERY = 10  # steps; a norm needs every layer's W' - W, which costs about a tenth of a step
 SAMPLES = 4  # images in a grid
@@ -139,28 +138,20 @@ class Saving(lightning.Callback):
         if self.stop.asked and done < self.steps:
             raise Interrupted(f"training stopped after step {done} of {self.steps}, which is saved")
 
-    def on_exception(self, trainer: Any, module: Training, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         if isinstance(exception, guard.NotFinite):
             done = int(module.row["step"] or 1) - 1
             path = self.checkpoints.folder.parent / guard.FILE
             write(path, module.state(done, self.total_seconds()))
 
 
-class Bar(lightning.Callback):
-    """Steps done, loss, time left."""
+@dataclass
+class Steps(lightning.Callback):
+    """Moves the bar, with the loss beside it."""
 
-    def __init__(self, title: str, first: int, steps: int) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeRemainingColumn(),
-            refresh_per_second=2,
-        )
-        self.task = self.progress.add_task(title, total=steps, completed=first, loss="-")
+    bar: Bar
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.progress.update(self.task, advance=1, loss=f"{module.row['loss']:.4f}")
+        self.bar.advance(f"loss {module.row['loss']:.4f}")

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as lightning
 import torch
@@ -31,9 +32,10 @@ from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.formats import kohya
+from lyco_lab.progress import Bar
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
-from lyco_lab.train.callbacks import Bar, Rows, Samples, Saving, Stop
+from lyco_lab.train.callbacks import Rows, Samples, Saving, Steps, Stop
 from lyco_lab.train.checkpoint import Checkpoints
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
@@ -124,13 +126,12 @@ def fit(
             f"{cached.cut_captions} of {len(images.items)} captions are longer than the text "
             "encoder reads, and are cut"
         )
-    bar = Bar(f"{run.name}: train", first, run.train.steps)
-    with quiet(), bar.progress:
+    with quiet(), Bar(f"{run.name}: train", run.train.steps, first) as bar:
         trainer = lightning.Trainer(
             accelerator=module.diffusion.unet.device.type,
             devices=1,
             max_epochs=1,  # the batches are one long epoch, from `first` to the end
-            callbacks=[*between, bar],
+            callbacks=[*between, Steps(bar)],
             plugins=[LightningEnvironment()],  # one process, whatever cluster it runs on
             logger=False,
             enable_checkpointing=False,
@@ -183,14 +184,15 @@ def exact(threads: int | None) -> Iterator[int]:
     an operation without an exact algorithm is only warned of: there are some.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    memory: Any = torch.utils.deterministic
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        memory.fill_uninitialized_memory,
         torch.get_num_threads(),
     )
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    memory.fill_uninitialized_memory = False  # a debugging aid that costs time
     if threads is not None and threads != torch.get_num_threads():
         print(f"going on with {threads} threads, as this run began")
         torch.set_num_threads(threads)
@@ -198,7 +200,7 @@ def exact(threads: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        memory.fill_uninitialized_memory = before[2]
         torch.set_num_threads(before[3])
 
 
