@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyco_lab.analyse.gamma_pair import compare, exact, read_losses, write
@@ -65,9 +65,10 @@ def test_both_ways_of_writing_a_float_are_read_exactly(value):
     assert exact(value.hex()) == exact(repr(value)) == value
 
 
+@settings(max_examples=10)
 @given(losses=losses)
 def test_files_keep_every_bit(losses, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gamma")
+    folder = tmp_path_factory.getbasetemp()
     lines = [f"{step},{loss.hex()},0.1" for step, loss in losses.items()]
     (folder / "metrics.csv").write_text("\n".join(["step,loss,lr", *lines]) + "\n")
     found = read_losses(folder / "metrics.csv")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Encoded, View
 from tests.evaluate.views import JUDGES, random_view, view_of
+from tests.strategies import seeds
 
 every_metric = pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS.keys())
 kinds = st.sampled_from(["train", "trigger", "alter", "style"])
 sizes = st.integers(min_value=1, max_value=9)
-seeds = st.integers(min_value=0, max_value=2**31 - 1)
 
 
 def reordered(view: View, order: list[int]) -> View:

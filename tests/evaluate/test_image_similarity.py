@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lyco_lab.evaluate.image_similarity import image_similarity, image_similarity_within
+from tests.strategies import seeds
 
 sizes = st.integers(min_value=1, max_value=6)
-seeds = st.integers(min_value=0, max_value=2**32 - 1)
 
 
 def features(n: int, seed: int) -> torch.Tensor:

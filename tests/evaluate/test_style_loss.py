@@ -11,8 +11,7 @@ from lyco_lab.evaluate.style_loss import StyleLoss, style_loss
 from tests.evaluate.fakes import noise_images
 from tests.evaluate.test_base import gram_naive
 from tests.evaluate.views import view_of
-
-seeds = st.integers(min_value=0, max_value=2**31)
+from tests.strategies import seeds
 
 
 def layers(n: int, seed: int) -> list[torch.Tensor]:

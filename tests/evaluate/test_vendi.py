@@ -12,9 +12,9 @@ from lyco_lab.evaluate.vendi import Vendi, vendi
 from tests.evaluate.fakes import noise_images
 from tests.evaluate.test_image_similarity import cosine_naive, features
 from tests.evaluate.views import view_of
+from tests.strategies import seeds
 
 sizes = st.integers(min_value=1, max_value=8)
-seeds = st.integers(min_value=0, max_value=2**32 - 1)
 
 
 def vendi_naive(x_ND) -> float:

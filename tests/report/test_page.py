@@ -1,0 +1,188 @@
+"""The page: whole in itself, complete, honest about its numbers, and the same when made again."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lyco_lab.analyse import analyse
+from lyco_lab.analyse.gamma_pair import compare
+from lyco_lab.generate import read_table
+from lyco_lab.report import grids, page
+from lyco_lab.report.page import decimals, differences, short_name, written
+
+
+class Elements(HTMLParser):
+    """All elements of a page with their attributes, and a check that tags are closed in order."""
+
+    VOID = {"meta", "link", "img", "br", "input"}
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes <{self.open[-1]}>"
+        self.open.pop()
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def analysed(evaluated):
+    study, root = evaluated
+    return study, root, *analyse(study, root)
+
+
+@pytest.fixture(scope="module")
+def html(analysed) -> str:
+    return page.write(*analysed).read_text()
+
+
+@pytest.fixture(scope="module")
+def elements(html) -> Elements:
+    return Elements(html)
+
+
+def test_tags_are_balanced(elements):
+    assert elements.open == []
+
+
+def test_the_parts_that_are_promised_are_there(elements):
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert {"results", "grid-kael", "grid-neon", "scatter", "losses", "gamma-verdict"} <= set(ids)
+    targets = {a["href"][1:] for a in elements.all("a")}
+    assert targets <= set(ids)
+
+
+def test_nothing_outside_the_page_is_asked_for(html, elements):
+    for tag, attributes in elements.found:
+        for name in ("src", "href", "srcset", "data", "action"):
+            link = attributes.get(name) or "#"
+            assert link.startswith(("data:", "#")), f"<{tag} {name}={link[:60]}>"
+    assert not elements.all("script")
+    outside_images = re.sub(r"data:image/[a-z]+;base64,[A-Za-z0-9+/=]+", "", html)
+    assert "url(" not in outside_images and "@import" not in outside_images
+    assert "://" not in outside_images
+    policy = next(m["content"] for m in elements.all("meta") if "http-equiv" in m)
+    assert "default-src 'none'" in policy
+
+
+def test_every_image_says_its_model_its_prompt_and_its_seed(analysed, elements):
+    study, root, *_ = analysed
+    alts = [image["alt"] for image in elements.all("img")]
+    assert all(alts)
+    made = read_table(root / study.run("lokr-kael").folder_name / "generate")
+    for row in made[made["kind"] == "style"].head(2).itertuples():
+        assert f"lokr: {row.prompt} (seed {row.seed})" in alts
+        assert f"base model: {row.prompt} (seed {row.seed})" in alts
+    assert sum(alt.startswith("training image: ") for alt in alts) == 9 + 7
+
+
+def test_grids_show_the_very_files_that_were_scored(analysed):
+    study, root, *_ = analysed
+    table = read_table(root / study.run("lora-kael").folder_name / "generate")
+    columns = grids.choose_columns(table)
+    row = grids.model_row("lora", "run", 0, table, columns)
+    for column, cell in zip(columns, row.cells, strict=True):
+        files = table[(table["kind"] == column.kind) & (table["index"] == column.index)]["file"]
+        assert cell.uri == grids.data_uri(page.Path(files.iloc[0]))
+    kinds = ["train", *["trigger"] * 2, *["alter"] * 4, *["style"] * 2]
+    assert [column.kind for column in columns] == kinds
+    assert len({c.prompt for c in columns if c.kind == "alter"}) == 4
+
+
+def test_large_images_are_shown_reduced(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (600, 300), "red").save(tmp_path / "large.png")
+    assert grids.data_uri(tmp_path / "large.png").startswith("data:image/webp")
+
+
+def test_the_verdict_names_the_number_of_losses_compared(html):
+    section = html[html.index('id="gamma-verdict"') :]
+    assert re.search(r"<b>120</b> of 120 losses\s+bitwise equal", section)
+    assert "adapter.alpha" in section
+
+
+def test_an_unequal_pair_is_not_dressed_up(analysed):
+    study, root, results, verdicts = analysed
+    found = verdicts[0]
+    off = compare(found.gamma_run, found.rewritten_run, {1: 0.5, 2: 0.5}, {1: 0.5, 2: 0.25})
+    other = dataclasses.replace(study, name="other")
+    html = page.write(other, root, results, [off]).read_text()
+    assert "Not equal" in html and 'class="verdict fails"' in html
+    assert "first at step 2" in html
+    assert "bitwise equal</p>" not in html
+
+
+def test_a_study_without_pairs_has_no_verdict(analysed):
+    study, root, results, _ = analysed
+    html = page.write(dataclasses.replace(study, name="pairless"), root, results, []).read_text()
+    assert "gamma-verdict" not in html
+
+
+def test_words_of_the_study_are_text_and_not_markup(analysed):
+    study, root, results, verdicts = analysed
+    question = "Is <script>alert(1)</script> & 'quotes' safe?"
+    odd = dataclasses.replace(study, name="odd", question=question)
+    html = page.write(odd, root, results, verdicts).read_text()
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_the_same_study_gives_the_same_page(analysed, html):
+    assert page.write(*analysed).read_text() == html
+
+
+def test_the_best_run_of_each_column_is_marked_ties_included(analysed):
+    _, _, results, _ = analysed
+    rows = results[results["concept"] == "kael"].assign(label=lambda frame: frame["run"])
+    columns = page.quoted()
+    table = page.table_rows(rows, {}, dict.fromkeys(columns, 2))
+    runs = [row for row in table if row.role == "run"]
+    for i, (metric, _) in enumerate(columns.values()):
+        values = {row.cells[i].text for row in runs}
+        best = (max if metric.better == "higher" else min)(values, key=float)
+        for row in table:
+            marked = row.role == "run" and len(values) > 1 and row.cells[i].text == best
+            assert row.cells[i].best == marked
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "text"),
+    [(0.5, 2, "0.50"), (-0.001, 2, "0.00"), (-0.5, 1, "−0.5"), (float("nan"), 2, "")],
+)
+def test_numbers_are_written_in_their_columns_digits(value, digits, text):
+    assert written(value, digits) == text
+
+
+def test_small_columns_get_more_digits():
+    import pandas as pd
+
+    assert decimals(pd.Series([0.4, 0.5, 0.0])) == 2
+    assert decimals(pd.Series([0.002, 0.003])) == 4
+    assert decimals(pd.Series([5.1, 7.3])) == 2
+    assert decimals(pd.Series([1234.0])) == 0
+    assert decimals(pd.Series([float("nan"), 0.0])) == 2
+
+
+def test_names_lose_their_concept_and_differences_are_settings(evaluated):
+    study, _ = evaluated
+    assert short_name(study.run("lora-gamma-kael")) == "lora-gamma"
+    pair = study.run("lora-gamma-kael"), study.run("lora-rewritten-kael")
+    assert differences(*pair) == [("adapter.alpha", "2.0", "8.0")]
