@@ -124,16 +124,15 @@ class Ranked(Additive):
     def __post_init__(self) -> None:
         for name in ("rank", "conv_rank"):
             value = getattr(self, name)
-            optional = name == "conv_rank"
-            if value is None and optional:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            left_out = value is None and name == "conv_rank"
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not left_out and not (whole and value >= 1):
                 self.refuse(name, value, "a whole number >= 1")
         for name in ("alpha", "conv_alpha"):
             value = getattr(self, name)
-            if value is None and name == "conv_alpha":
-                continue
-            if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            left_out = value is None and name == "conv_alpha"
+            real = isinstance(value, int | float) and math.isfinite(value)
+            if not left_out and not (real and value > 0):
                 self.refuse(name, value, "a finite number > 0; alpha = rank leaves T unscaled")
 
     def refuse(self, name: str, value: object, need: str) -> None:
