@@ -118,8 +118,9 @@ def pretrain(
     """Make the embedded model and its judges from nothing. Goes on where it stopped."""
     with exit_codes():
         from lyco_lab.miniature.pretrain import pretrain as make
+        from lyco_lab.miniature.pretrain.quality import as_text
 
-        make(out, quick=quick)
+        typer.echo(as_text(make(out, quick=quick)))
 
 
 def _load(study: Path, settings: list[str] | None, wandb: str | None) -> "Study":

@@ -163,6 +163,18 @@ def test_dry_run_counts_what_training_would_mount(study, tiny_sd):
         assert planned.params == count
 
 
+@pytest.mark.parametrize(("repeats", "limit"), [(None, None), (3, None), (None, 2), (3, 100)])
+def test_a_concept_is_counted_as_its_folder_would_be(tmp_path, repeats, limit):
+    from lyco_lab import dry_run
+    from lyco_lab.config import Data
+    from lyco_lab.miniature import concepts
+
+    concepts.write(concepts.concept("falls"), tmp_path)
+    written = folder.read(tmp_path, repeats, limit)
+    counted = dry_run._count(Data(concept="falls", repeats=repeats, limit=limit))
+    assert counted == (len(written.items), written.samples_per_epoch)
+
+
 def test_run_does_every_stage_of_every_run_and_shows_the_outcome(lyco_lab, study, stages):
     done = lyco_lab("run", study)
     assert done.exit_code == 0, done.stderr
@@ -272,8 +284,13 @@ def test_pretrain_is_told_where_and_how(lyco_lab, tmp_path, monkeypatch):
     import lyco_lab.miniature.pretrain as package
 
     told = []
-    monkeypatch.setattr(package, "pretrain", lambda out, *, quick: told.append((out, quick)))
-    assert lyco_lab("pretrain", tmp_path / "w", "--quick").exit_code == 0
+    quality = {"accuracy": {"real": {"hair": 0.5}}, "mean": {"real": 0.5}, "psnr_db": 20.0,
+               "caption_first_of_100": 0.25}  # fmt: skip
+    monkeypatch.setattr(
+        package, "pretrain", lambda out, *, quick: told.append((out, quick)) or quality
+    )
+    made = lyco_lab("pretrain", tmp_path / "w", "--quick")
+    assert made.exit_code == 0 and "| hair | 0.500 |" in made.output
     assert told == [(tmp_path / "w", True)]
 
 

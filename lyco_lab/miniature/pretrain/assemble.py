@@ -77,7 +77,10 @@ def save(
 
 
 def _halved(pipe: StableDiffusionPipeline) -> dict[str, object]:
+    # nn.Module's own `to`: diffusers' warns of layers to be kept in float32, of which there are none
     return {
-        name: copy.deepcopy(part).to(torch.float16) if isinstance(part, nn.Module) else part
+        name: nn.Module.to(copy.deepcopy(part), torch.float16)
+        if isinstance(part, nn.Module)
+        else part
         for name, part in pipe.components.items()
     }

@@ -2,9 +2,18 @@
 
     z_t = sqrt(a_t) z + sqrt(1 - a_t) n,     loss = w_t |unet(z_t, t, caption) - n|^2
 
-with Stable Diffusion 1's noise schedule and Min-SNR weights w_t = min(SNR_t, 5) / SNR_t (Hang et
-al. 2023, https://arxiv.org/abs/2303.09556). One caption in ten is empty, for classifier-free
-guidance.
+with Stable Diffusion 1's noise schedule. Two phases weigh the timesteps differently:
+
+    colour       Min-SNR, w_t = min(SNR_t, 5) / SNR_t, t uniform (Hang et al. 2023,
+                 https://arxiv.org/abs/2303.09556)
+    composition  debiased, w_t = 1 / sqrt(SNR_t), t with density proportional to t (Yu et al. 2023,
+                 https://arxiv.org/abs/2310.08442)
+
+Where the subject stands is decided in the noisiest tenth of the timesteps alone: in less noise a
+latent of 16 x 16 shows it, whatever the caption says. Min-SNR gives these so little weight that
+after 128,000 samples colours were right and positions at chance.
+
+One caption in ten is empty, for classifier-free guidance.
 """
 
 import random
@@ -87,7 +96,7 @@ def train(
     scenes = material.training(work, recipe).scenes
     kept = scheduler().alphas_cumprod
     snr = kept / (1 - kept)
-    weight = snr.clamp(max=SNR_LIMIT) / snr
+    color_weight, composition_weight = snr.clamp(max=SNR_LIMIT) / snr, snr.rsqrt()
     scale, batch = vae.config.scaling_factor, recipe.denoiser_batch
     torch.manual_seed(recipe.seed + 5)
     unet = build()
@@ -104,7 +113,11 @@ def train(
             for i in picked.tolist()
         ]
         noise = torch.randn(z.shape, generator=g)
-        t = torch.randint(len(kept), (batch,), generator=g)
+        color = step < recipe.color_steps
+        if color:
+            t = torch.randint(len(kept), (batch,), generator=g)
+        else:
+            t = (torch.rand(batch, generator=g).sqrt() * len(kept)).long()
         a = kept[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
@@ -112,7 +125,7 @@ def train(
                 said = text_encoder(text.tokens(words, captions)).last_hidden_state
             predicted = unet(noisy, t, said).sample
         squared = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
-        return (weight[t] * squared).mean()
+        return ((color_weight if color else composition_weight)[t] * squared).mean()
 
     fit("denoiser", work, unet, loss, recipe.denoiser, ema=0.999, save_every=500)
     unet.set_default_attn_processor()

@@ -78,7 +78,8 @@ def fit(
         if average:
             average.state = saved["average"]
         first = saved["step"]
-        say(f"{part}: going on from step {first}")
+        if first < schedule.steps:
+            say(f"{part}: going on from step {first}")
     model.train()
     start, told, running = time.monotonic(), time.monotonic(), 0.0
     for step in range(first, schedule.steps):

@@ -24,7 +24,8 @@ class Recipe:
     embedder: Schedule
     eye_batch: int  # of both
     denoiser: Schedule
-    denoiser_batch: int  # over all workers
+    denoiser_batch: int
+    color_steps: int  # of the denoiser, before its loss turns to composition
     judged_captions: int  # unseen captions that the finished model draws for the quality table
 
 
@@ -45,6 +46,7 @@ FULL = Recipe(
     eye_batch=96,
     denoiser=Schedule(steps=17_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=32,
+    color_steps=5_000,
     judged_captions=500,
 )
 QUICK = Recipe(
@@ -64,5 +66,6 @@ QUICK = Recipe(
     eye_batch=32,
     denoiser=Schedule(steps=30, lr=1.5e-3, warmup=10, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=16,
+    color_steps=15,
     judged_captions=16,
 )
