@@ -4,12 +4,13 @@ Its loss weighs colour apart from brightness. A plain L1 loss leaves so small a 
 blind: the mean over channels dominates, and hue is learnt last.
 """
 
+import copy
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 
 from lyco_lab.miniature.pretrain import material
 from lyco_lab.miniature.pretrain.fit import fit
@@ -78,30 +79,35 @@ def train(work: Path, recipe: Recipe) -> AutoencoderKL:
     return vae
 
 
-def refine(work: Path, recipe: Recipe, vae: AutoencoderKL) -> AutoencoderKL:
-    """Train the decoder further, with the encoder and so every latent as it is.
+def refine(work: Path, recipe: Recipe, first: AutoencoderKL) -> AutoencoderKL:
+    """A copy of `first`, trained on for squared error, its latents held near where they were.
 
-    It can go on beside the denoiser's training, as Stable Diffusion's own decoder was refined
-    after the fact.
+    It goes on beside the denoiser's training, which began on the first latents and ends on these:
+    what moves is a tenth of their deviation, in which the finer detail is written.
     """
     base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
-    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
-    batch = recipe.autoencoder_batch
+    vae = copy.deepcopy(first)
+    scale, batch = vae.config.scaling_factor, recipe.autoencoder_batch
 
     def loss(step: int) -> Tensor:
-        g = generator(recipe.seed, "decoder", step)
+        g = generator(recipe.seed, "refine", step)
         pool = concepts if step % 5 == 0 else base
         picked = torch.randint(len(pool), (batch,), generator=g).tolist()
         x = material.to_tensor(pool.pixels[picked])
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
-                mean = vae.encode(x).latent_dist.mean
+                before = first.encode(x).latent_dist
+            now = vae.encode(x).latent_dist
             # The denoiser's latents are never quite right: a little noise stands for that.
-            y = vae.decode(mean + 0.02 * torch.randn(mean.shape, generator=g)).sample.float()
+            noise = 0.02 * torch.randn(now.mean.shape, generator=g)
+            y = vae.decode(now.mean + noise).sample.float()
         error = y - x
-        return 5 * (error**2).mean() + 0.1 * _sharp(error, y, x)
+        moved = (scale * (now.mean.float() - before.mean.float())) ** 2
+        spread = (now.logvar.float() - before.logvar.float()) ** 2
+        anchor = 0.5 * moved.mean() + 0.01 * spread.mean()
+        return 5 * (error**2).mean() + 0.1 * _sharp(error, y, x) + anchor
 
-    fit("decoder", work, decoder, loss, recipe.decoder)
+    fit("refine", work, vae, loss, recipe.refine)
     return vae
 
 

@@ -73,7 +73,7 @@ def write(folder: Path, found: dict[str, object], recipe: Recipe, hours: float) 
         f"- {name}: {batch} x {schedule.steps:,}"
         for name, batch, schedule in (
             ("autoencoder", recipe.autoencoder_batch, recipe.autoencoder),
-            ("its decoder, further", recipe.autoencoder_batch, recipe.decoder),
+            ("the same, refined", recipe.autoencoder_batch, recipe.refine),
             ("CLIP pair", recipe.contrastive_batch, recipe.contrastive),
             ("denoiser", recipe.denoiser_batch, recipe.denoiser),
             ("oracle", recipe.oracle_batch, recipe.oracle),

@@ -16,7 +16,9 @@ after 128,000 samples colours were right and positions at chance.
 One caption in ten is empty, for classifier-free guidance.
 """
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -68,9 +70,9 @@ def build() -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def encode(work: Path, recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+def encode(work: Path, recipe: Recipe, vae: AutoencoderKL, name: str) -> tuple[Tensor, Tensor]:
     """Mean and deviation of every training picture's latent, in half precision, kept on disk."""
-    path = work / "latents.npy"
+    path = work / f"latents-{name}.npy"
     pictures = material.training(work, recipe)
     if not path.exists():
         moments = np.empty((len(pictures), 8, 16, 16), np.float16)
@@ -88,16 +90,23 @@ def encode(work: Path, recipe: Recipe, vae: AutoencoderKL) -> tuple[Tensor, Tens
 def train(
     work: Path,
     recipe: Recipe,
-    vae: AutoencoderKL,
+    first: AutoencoderKL,
+    refined: Callable[[], AutoencoderKL],
     words: CLIPTokenizer,
     text_encoder: CLIPTextModel,
 ) -> UNet2DConditionModel:
-    mean, deviation = encode(work, recipe, vae)
+    """On the first autoencoder's latents, and from `recipe.refined_from` on the refined one's."""
+
+    @functools.cache
+    def latents(late: bool) -> tuple[Tensor, Tensor, float]:
+        vae = refined() if late else first
+        return *encode(work, recipe, vae, ("first", "refined")[late]), vae.config.scaling_factor
+
     scenes = material.training(work, recipe).scenes
     kept = scheduler().alphas_cumprod
     snr = kept / (1 - kept)
     color_weight, composition_weight = snr.clamp(max=SNR_LIMIT) / snr, snr.rsqrt()
-    scale, batch = vae.config.scaling_factor, recipe.denoiser_batch
+    batch = recipe.denoiser_batch
     torch.manual_seed(recipe.seed + 5)
     unet = build()
     unet.set_attn_processor(AttnProcessor())  # the fused kernel is slow for heads this small
@@ -106,6 +115,7 @@ def train(
         g = generator(recipe.seed, "denoiser", step)
         rng = random.Random(derive(recipe.seed, "denoiser-captions", step))
         picked = torch.randint(len(scenes), (batch,), generator=g)
+        mean, deviation, scale = latents(step >= recipe.refined_from)
         mu, sigma = mean[picked].float(), deviation[picked].float()
         z = (mu + sigma * torch.randn(mu.shape, generator=g)) * scale
         captions = [

@@ -88,14 +88,14 @@ def draw(
     return np.concatenate(found)
 
 
-def ranked_first(judges: Judges, pictures: Images, captions: Sequence[str]) -> float:
-    """Share of pictures whose own caption is the most similar of its hundred."""
+def ranked_first(judges: Judges, pictures: Images, captions: Sequence[str]) -> float | None:
+    """Share of pictures whose own caption is the most similar of its hundred; None for fewer."""
     hits = []
     for start in range(0, len(captions) - 99, 100):
         here = slice(start, start + 100)
         similarity = judges.clip_image(pictures[here]) @ judges.clip_text(list(captions[here])).T
         hits += (similarity.argmax(1) == torch.arange(100)).tolist()
-    return float(np.mean(hits)) if hits else float("nan")
+    return float(np.mean(hits)) if hits else None
 
 
 def table(pipe: StableDiffusionPipeline, judges: Judges, count: int) -> dict[str, object]:
@@ -135,8 +135,7 @@ def as_text(found: dict[str, object]) -> str:
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     lines.append("| **mean** | " + " | ".join(f"**{means[name]:.3f}**" for name in rows) + " |")
     lines.append("")
-    lines.append(
-        f"Reconstructions: {found['psnr_db']:.1f} dB. "
-        f"Right caption first of 100: {found['caption_first_of_100']:.3f}."
-    )
+    lines.append(f"Reconstructions: {found['psnr_db']:.1f} dB.")
+    if (first := found["caption_first_of_100"]) is not None:
+        lines[-1] += f" Right caption first of 100: {first:.3f}."
     return "\n".join(lines)

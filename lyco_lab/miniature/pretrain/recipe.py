@@ -15,7 +15,7 @@ class Recipe:
     validation: int
     autoencoder: Schedule
     autoencoder_batch: int
-    decoder: Schedule
+    refine: Schedule  # of the autoencoder, beside the denoiser
     contrastive: Schedule
     contrastive_batch: int
     oracle: Schedule
@@ -26,6 +26,7 @@ class Recipe:
     denoiser: Schedule
     denoiser_batch: int
     color_steps: int  # of the denoiser, before its loss turns to composition
+    refined_from: int  # the denoiser's step from which it sees the refined latents
     judged_captions: int  # unseen captions that the finished model draws for the quality table
 
 
@@ -36,7 +37,7 @@ FULL = Recipe(
     validation=2_000,
     autoencoder=Schedule(steps=10_500, lr=1.5e-3, weight_decay=1e-4),
     autoencoder_batch=4,
-    decoder=Schedule(steps=12_000, lr=8e-4, weight_decay=1e-4),
+    refine=Schedule(steps=7_000, lr=8e-4, weight_decay=1e-4),
     contrastive=Schedule(steps=1_000, lr=1e-3, weight_decay=0.05),
     contrastive_batch=128,
     oracle=Schedule(steps=1_800, lr=2e-3, weight_decay=0.02),
@@ -47,6 +48,7 @@ FULL = Recipe(
     denoiser=Schedule(steps=17_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=32,
     color_steps=5_000,
+    refined_from=10_000,
     judged_captions=500,
 )
 QUICK = Recipe(
@@ -56,7 +58,7 @@ QUICK = Recipe(
     validation=64,
     autoencoder=Schedule(steps=40, lr=1.5e-3, weight_decay=1e-4),
     autoencoder_batch=4,
-    decoder=Schedule(steps=20, lr=8e-4, weight_decay=1e-4),
+    refine=Schedule(steps=20, lr=8e-4, weight_decay=1e-4),
     contrastive=Schedule(steps=20, lr=1e-3, weight_decay=0.05),
     contrastive_batch=32,
     oracle=Schedule(steps=30, lr=2e-3, weight_decay=0.02),
@@ -67,5 +69,6 @@ QUICK = Recipe(
     denoiser=Schedule(steps=30, lr=1.5e-3, warmup=10, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=16,
     color_steps=15,
+    refined_from=20,
     judged_captions=16,
 )

@@ -26,6 +26,7 @@ from lyco_lab.miniature.pretrain import judges as judging
 from lyco_lab.miniature.pretrain.recipe import FULL, QUICK, Recipe
 
 Say = Callable[[str], None]
+REFINED = "refined"  # exists once the autoencoder is refined
 
 
 def pretrain(out: Path, *, quick: bool = False, say: Say = print) -> dict[str, object]:
@@ -49,10 +50,11 @@ def pretrain(out: Path, *, quick: bool = False, say: Say = print) -> dict[str, o
 
 def finish(out: Path, work: Path, recipe: Recipe, say: Say, hours: float) -> dict[str, object]:
     """Gather what the parts left in `work`, save it to `out`, and measure it as a user loads it."""
-    vae = autoencoder.refine(work, recipe, autoencoder.train(work, recipe))
+    first = autoencoder.train(work, recipe)
+    vae = autoencoder.refine(work, recipe, first)
     words, clip = text.train(work, recipe)
     encoder = assemble.text_encoder(clip)
-    unet = denoiser.train(work, recipe, vae, words, encoder)
+    unet = denoiser.train(work, recipe, first, lambda: vae, words, encoder)
     pipe = assemble.pipeline(vae, words, encoder, unet)
     networks: dict[str, nn.Module] = {
         "oracle": judging.train_oracle(work, recipe),
@@ -77,11 +79,12 @@ def _together(
     jobs = [context.Process(target=_alone, args=(job, work, recipe)) for job in (first, second)]
     for job in jobs:
         job.start()
-    for job in jobs:
-        job.join()
+    while any(job.is_alive() for job in jobs):
+        if any(job.exitcode for job in jobs):  # one waits for the other: do not let it wait forever
+            for job in jobs:
+                job.terminate()
+        time.sleep(0.2)
     if any(job.exitcode for job in jobs):
-        for job in jobs:
-            job.terminate()
         raise RuntimeError(f"a part of the pretraining failed; checkpoints are in {work}")
 
 
@@ -99,14 +102,21 @@ def _make_text(work: Path, recipe: Recipe) -> None:
 
 
 def _make_denoiser(work: Path, recipe: Recipe) -> None:
-    vae: AutoencoderKL = autoencoder.train(work, recipe)
+    first: AutoencoderKL = autoencoder.train(work, recipe)
     parts: tuple[CLIPTokenizer, CLIPModel] = text.train(work, recipe)
     words, clip = parts
-    denoiser.train(work, recipe, vae, words, assemble.text_encoder(clip))
+
+    def refined() -> AutoencoderKL:
+        while not (work / REFINED).exists():  # the process beside this one is at it
+            time.sleep(1)
+        return autoencoder.refine(work, recipe, autoencoder.train(work, recipe))
+
+    denoiser.train(work, recipe, first, refined, words, assemble.text_encoder(clip))
 
 
 def _make_judges(work: Path, recipe: Recipe) -> None:
-    judging.train_oracle(work, recipe)
     autoencoder.refine(work, recipe, autoencoder.train(work, recipe))
+    (work / REFINED).touch()
+    judging.train_oracle(work, recipe)
     judging.train_gram(work, recipe)
     judging.train_embedder(work, recipe)
