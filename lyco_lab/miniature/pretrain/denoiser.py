@@ -2,16 +2,18 @@
 
     z_t = sqrt(a_t) z + sqrt(1 - a_t) n,     loss = w_t |unet(z_t, t, caption) - n|^2
 
-with Stable Diffusion 1's noise schedule. Two phases weigh the timesteps differently:
+with Stable Diffusion 1's noise schedule. Three phases weigh the timesteps differently:
 
     colour       Min-SNR, w_t = min(SNR_t, 5) / SNR_t, t uniform (Hang et al. 2023,
                  https://arxiv.org/abs/2303.09556)
     composition  debiased, w_t = 1 / sqrt(SNR_t), t with density proportional to t (Yu et al. 2023,
                  https://arxiv.org/abs/2310.08442)
+    place        the same, but a quarter of each batch has t in 850 ... 999 and w_t = 1 / SNR_t,
+                 which is the squared error of the latent itself
 
 Where the subject stands is decided in the noisiest tenth of the timesteps alone: in less noise a
-latent of 16 x 16 shows it, whatever the caption says. Min-SNR gives these so little weight that
-after 128,000 samples colours were right and positions at chance.
+latent of 16 x 16 shows it, whatever the caption says. The usual weights hardly count these: after
+208,000 samples every other family was right in 70 to 100 % of pictures and the place in a third.
 
 One caption in ten is empty, for classifier-free guidance.
 """
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from torch import Tensor
+from torch import Generator, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lyco_lab.miniature.pretrain import material, text
@@ -36,6 +38,7 @@ from lyco_lab.record import atomic
 from lyco_lab.seeds import derive, generator
 
 SNR_LIMIT = 5.0
+NOISIEST = 850
 EMPTY_SHARE = 0.1
 
 
@@ -105,11 +108,23 @@ def train(
     scenes = material.training(work, recipe).scenes
     kept = scheduler().alphas_cumprod
     snr = kept / (1 - kept)
-    color_weight, composition_weight = snr.clamp(max=SNR_LIMIT) / snr, snr.rsqrt()
     batch = recipe.denoiser_batch
     torch.manual_seed(recipe.seed + 5)
     unet = build()
     unet.set_attn_processor(AttnProcessor())  # the fused kernel is slow for heads this small
+
+    def timesteps(step: int, g: Generator) -> tuple[Tensor, Tensor]:
+        """(B,) timesteps and the weights of their losses."""
+        if step < recipe.color_steps:
+            t = torch.randint(len(kept), (batch,), generator=g)
+            return t, (snr.clamp(max=SNR_LIMIT) / snr)[t]
+        t = (torch.rand(batch, generator=g).sqrt() * len(kept)).long()
+        weight = snr.rsqrt()[t]
+        if step >= recipe.place_from:
+            few = batch // 4
+            t[:few] = torch.randint(NOISIEST, len(kept), (few,), generator=g)
+            weight[:few] = 1 / snr[t[:few]]
+        return t, weight
 
     def loss(step: int) -> Tensor:
         g = generator(recipe.seed, "denoiser", step)
@@ -123,11 +138,7 @@ def train(
             for i in picked.tolist()
         ]
         noise = torch.randn(z.shape, generator=g)
-        color = step < recipe.color_steps
-        if color:
-            t = torch.randint(len(kept), (batch,), generator=g)
-        else:
-            t = (torch.rand(batch, generator=g).sqrt() * len(kept)).long()
+        t, weight = timesteps(step, g)
         a = kept[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
@@ -135,7 +146,7 @@ def train(
                 said = text_encoder(text.tokens(words, captions)).last_hidden_state
             predicted = unet(noisy, t, said).sample
         squared = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
-        return ((color_weight if color else composition_weight)[t] * squared).mean()
+        return (weight * squared).mean()
 
     fit("denoiser", work, unet, loss, recipe.denoiser, ema=0.999, save_every=500)
     unet.set_default_attn_processor()

@@ -26,6 +26,7 @@ class Recipe:
     denoiser: Schedule
     denoiser_batch: int
     color_steps: int  # of the denoiser, before its loss turns to composition
+    place_from: int  # ... and then to place
     refined_from: int  # the denoiser's step from which it sees the refined latents
     judged_captions: int  # unseen captions that the finished model draws for the quality table
 
@@ -48,6 +49,7 @@ FULL = Recipe(
     denoiser=Schedule(steps=17_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=32,
     color_steps=5_000,
+    place_from=7_500,
     refined_from=10_000,
     judged_captions=500,
 )
@@ -69,6 +71,7 @@ QUICK = Recipe(
     denoiser=Schedule(steps=30, lr=1.5e-3, warmup=10, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=16,
     color_steps=15,
+    place_from=20,
     refined_from=20,
     judged_captions=16,
 )
