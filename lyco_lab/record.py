@@ -29,6 +29,7 @@ UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIS
 FULL = {errno.ENOSPC, errno.EDQUOT}
 LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
 STAGES = ("data", "train", "generate", "evaluate")  # of a run, in order
+LOCK = ".lock"  # held, in a run's folder, by the process that works on it
 LABELS = ("name", "study", "wandb")  # what a run is called and where it is shown: not its result
 
 
@@ -101,7 +102,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 - closed below, past `writing`
+        lock = open(folder / LOCK, "w")  # noqa: SIM115 - closed below, past `writing`
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -125,8 +126,7 @@ class Record:
         with writing(path):
             if path.is_dir() and any(path.iterdir()):
                 _check_same_configuration(path, run)
-                for stale in path.rglob(".part-*"):  # left by a kill
-                    shutil.rmtree(stale, ignore_errors=True)
+                _sweep(path)
             else:
                 path.mkdir(parents=True, exist_ok=True)
             with atomic(path / "config.yaml") as temporary:
@@ -151,11 +151,22 @@ class Record:
         return self.path / "done" / f"{stage}.json"
 
 
+def _sweep(path: Path) -> None:
+    """Remove what a kill left half-written, unless another process is writing here right now."""
+    with open(path / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        for stale in path.rglob(".part-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
 def _check_same_configuration(path: Path, run: Configured) -> None:
     file = path / "config.yaml"
     if not file.is_file():
         # A kill between creating the folder and its first file leaves only temporary ones.
-        if all(child.name.startswith(".part-") for child in path.iterdir()):
+        if all(c.name == LOCK or c.name.startswith(".part-") for c in path.iterdir()):
             return
         raise UserError(f"{path} holds other files and no config.yaml: it is not a run")
     try:

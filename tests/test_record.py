@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lyco_lab import record
 from lyco_lab.errors import UserError
-from lyco_lab.record import Record, atomic, digest, identity
+from lyco_lab.record import Record, atomic, digest, identity, locked
 
 CONFIG = {"name": "lora", "study": "demo", "seed": 0, "train": {"lr": 1e-3, "betas": [0.9, 0.99]}}
 keys = st.text("abcdef", min_size=1, max_size=4)
@@ -73,6 +73,27 @@ def test_a_kill_while_writing_keeps_the_old_file_and_reopening_clears_the_half(t
     Record.open(tmp_path, run)
     assert parts(opened.path) == []
     assert target.read_text() == "old"
+
+
+def test_reopening_leaves_alone_what_another_process_is_writing(tmp_path):
+    opened = Record.open(tmp_path, Run())
+    with locked(opened.path), atomic(opened.path / "x") as temporary:
+        temporary.write_text("nearly")
+        Record.open(tmp_path, Run())
+    assert (opened.path / "x").read_text() == "nearly"
+
+
+def test_a_locked_folder_is_waited_for(tmp_path):
+    script = (
+        "from pathlib import Path; from lyco_lab.record import locked\n"
+        f"with locked(Path({str(tmp_path)!r})): Path({str(tmp_path / 'x')!r}).touch()"
+    )
+    with locked(tmp_path):
+        waiter = subprocess.Popen([sys.executable, "-c", script])
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiter.wait(timeout=2)
+        assert not (tmp_path / "x").exists()
+    assert waiter.wait(timeout=60) == 0 and (tmp_path / "x").exists()
 
 
 def test_a_writer_that_wrote_nothing_is_noticed(tmp_path):
