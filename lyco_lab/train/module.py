@@ -36,6 +36,7 @@ class Training(lightning.LightningModule):
         self.mounted = dict(mounted)
         self.settings = settings
         self.models = nn.ModuleDict(diffusion.parts)  # for Lightning to see the parameters
+        self.computing = diffusion.unet.dtype  # diffusers looks through all modules each time
         groups = {part: m.parameters() for part, m in self.mounted.items()}
         self.optimizer = optimizer.build(settings, groups)
         decay = settings.ema_decay
@@ -71,15 +72,17 @@ class Training(lightning.LightningModule):
         return loss
 
     def loss(self, batch: Batch) -> Tensor:
-        unet = self.diffusion.unet
         text = batch.text
         if "text_encoder" in self.mounted:
             text = self.diffusion.hidden(text)
         noisy_BCHW = self.diffusion.noise_scheduler.add_noise(
             batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
         )
-        predicted_BCHW = unet(
-            noisy_BCHW.to(unet.dtype), batch.timesteps_B, text.to(unet.dtype), return_dict=False
+        predicted_BCHW = self.diffusion.unet(
+            noisy_BCHW.to(self.computing),
+            batch.timesteps_B,
+            text.to(self.computing),
+            return_dict=False,
         )[0]
         return F.mse_loss(predicted_BCHW.float(), batch.noise_BCHW)
 

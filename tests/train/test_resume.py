@@ -1,0 +1,239 @@
+"""A run that was killed, stopped or damaged, and run again, ends as if nothing had happened."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+import pytest
+import torch
+
+from lyco_lab.errors import Interrupted
+from lyco_lab.record import Record
+from lyco_lab.train import train
+from lyco_lab.train.callbacks import Rows
+from lyco_lab.train.checkpoint import Checkpoints
+
+
+def checkpoints(record):
+    return Checkpoints(record.path / "train" / "checkpoints")
+
+
+def rows_written(record):
+    path = record.path / "train" / "metrics.csv"
+    return path.read_bytes().count(b"\n") - 1 if path.is_file() else 0
+
+
+def at_step(monkeypatch, step, do):
+    rows = Rows.on_train_batch_end
+
+    def hooked(self, trainer, module, outputs, batch, batch_idx):
+        rows(self, trainer, module, outputs, batch, batch_idx)
+        if batch.step + 1 == step:
+            do()
+
+    monkeypatch.setattr(Rows, "on_train_batch_end", hooked)
+
+
+def in_a_process(run, record):
+    """Train in a forked process; its number."""
+    number = os.fork()
+    if number == 0:
+        try:
+            train(run, record)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return number
+
+
+def kill_when(number, record, rows, more_s):
+    """SIGKILL a process `more_s` after it wrote so many rows; whether it was still running."""
+    give_up_s = time.monotonic() + 60
+    while rows_written(record) < rows:
+        assert time.monotonic() < give_up_s
+        if os.waitpid(number, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    time.sleep(more_s)
+    os.kill(number, signal.SIGKILL)
+    _, status = os.waitpid(number, 0)
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"ema_decay": 0.7, "text_encoder": True},
+        {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1},
+    ],
+    ids=["plain", "average-and-text-encoder", "momentum"],
+)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(begin, trained, results, settings):
+    settings = {"steps": 24, "checkpoint_every": 5, **settings}
+    _, straight = trained("straight", **settings)
+    run, killed = begin("killed", **settings)
+    rng = random.Random()
+    for rows in sorted(rng.sample(range(1, 24), 3)):
+        kill_when(in_a_process(run, killed), killed, rows, rng.uniform(0, 0.03))
+    assert os.waitpid(in_a_process(run, killed), 0)[1] == 0
+    assert results(killed) == results(straight)
+    ours, theirs = (checkpoints(r).latest(rows=24) for r in (killed, straight))
+    for part, factors in theirs.factors.items():
+        for name, factor in factors.items():
+            assert torch.equal(ours.factors[part][name], factor)
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+import torch
+from lyco_lab.config import Data, Model, Run, Train, Wandb
+from lyco_lab.data.stage import prepare
+from lyco_lab.record import Record
+from lyco_lab.train import train
+torch.set_num_threads(1)
+root, model, images = sys.argv[1:]
+run = Run(
+    name="killed", study="tests", model=Model(path=model), data=Data(folder=images),
+    train=Train(steps=40, warmup_steps=5, checkpoint_every=10), wandb=Wandb(mode="offline"),
+)
+record = Record.open(Path(root), run)
+prepare(run, record)
+train(run, record)
+"""
+
+
+@pytest.mark.slow
+def test_a_python_of_its_own_killed_and_started_again(tiny_sd, tiny_concept, tmp_path, results):
+    """As a user's would be: nothing is shared with this process, and W&B is running."""
+
+    def start(where):
+        words = [sys.executable, "-c", PROGRAM, tmp_path / where, tiny_sd, tiny_concept]
+        return subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL)
+
+    def record(where):
+        (folder,) = (tmp_path / where).iterdir()
+        return Record(folder)
+
+    assert start("straight").wait() == 0
+    rng = random.Random()
+    for rows in sorted(rng.sample(range(1, 40), 2)):
+        process = start("killed")
+        while process.poll() is None:
+            time.sleep(0.002)
+            if (tmp_path / "killed").is_dir() and rows_written(record("killed")) >= rows:
+                time.sleep(rng.uniform(0, 0.05))
+                process.kill()
+        process.wait()
+    assert start("killed").wait() == 0
+    assert results(record("killed")) == results(record("straight"))
+
+
+def test_stopped_by_control_c_it_saves_and_goes_on(begin, trained, results, monkeypatch):
+    _, straight = trained("straight")
+    run, record = begin("stopped")
+    before = signal.getsignal(signal.SIGINT)
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match="stopped after step 6 of 12, which is saved"):
+        train(run, record)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert checkpoints(record).files()[0].name == "step00000006.ckpt"
+    assert not record.done("train")
+    monkeypatch.undo()
+    train(run, record)
+    assert results(record) == results(straight)
+
+
+def test_control_c_twice_stops_at_once(begin, trained, results, monkeypatch):
+    run, record = begin()
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    at_step(monkeypatch, 6, twice)
+    with pytest.raises(Interrupted, match="stopped at once; the last checkpoint is kept"):
+        train(run, record)
+    assert checkpoints(record).files()[0].name == "step00000004.ckpt"
+
+
+def test_control_c_in_the_last_step_is_too_late(begin, monkeypatch):
+    run, record = begin()
+    at_step(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    train(run, record)
+    assert record.done("train")
+
+
+def stop_at(begin, monkeypatch, where, step, **settings):
+    run, record = begin(where, **settings)
+    with monkeypatch.context() as patch:
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            train(run, record)
+    return run, record
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
+    begin, trained, results, monkeypatch, capsys, damage
+):
+    _, straight = trained("straight")
+    run, record = stop_at(begin, monkeypatch, "damaged", 10)
+    newest = checkpoints(record).files()[0]
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    newest.write_bytes(
+        {"cut": content[: len(content) // 2], "empty": b"", "flipped": content}[damage]
+    )
+    train(run, record)
+    said = capsys.readouterr().out
+    assert "step00000010.ckpt is damaged: going on from the one before it" in said
+    assert results(record) == results(straight)
+
+
+def test_all_checkpoints_damaged_is_a_new_beginning(begin, trained, results, monkeypatch):
+    _, straight = trained("straight")
+    run, record = stop_at(begin, monkeypatch, "damaged", 10)
+    for file in checkpoints(record).files():
+        file.write_bytes(b"")
+    train(run, record)
+    assert results(record) == results(straight)
+
+
+def test_killed_after_the_last_step_only_the_export_is_left(begin, trained, results, monkeypatch):
+    _, straight = trained("straight")
+    run, record = begin("killed")
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lyco_lab.train.stage.kohya.save", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train(run, record)
+    monkeypatch.setattr("lyco_lab.train.stage.fit", killed)
+    train(run, record)
+    assert results(record) == results(straight)
+
+
+def test_going_on_uses_the_number_of_threads_it_began_with(begin, monkeypatch, capsys):
+    run, record = stop_at(begin, monkeypatch, "runs", 6)
+    torch.set_num_threads(2)
+    train(run, record)
+    assert "going on with 1 threads, as this run began" in capsys.readouterr().out
+    assert torch.get_num_threads() == 2
+    assert record.facts("train")["threads"] == 1
+
+
+def test_seconds_add_up_over_sittings(begin, monkeypatch):
+    run, record = stop_at(begin, monkeypatch, "runs", 6)
+    spent = checkpoints(record).latest(rows=6).seconds
+    assert spent > 0
+    train(run, record)
+    assert record.facts("train")["train_seconds"] > spent
