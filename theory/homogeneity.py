@@ -29,8 +29,8 @@ import sympy as sp
 
 from theory import Identity
 
-U, V, S, T, R = 2, 2, 2, 3, 2
-P, Q = U * V, S * T
+P, Q, R = 2, 3, 2
+U, V, S, T = 2, 2, 2, 3  # LoKr only
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,12 @@
+"""Where the paper's scripts read and write. `build` folders hold what can be made again."""
+
+from pathlib import Path
+
+PAPER = Path(__file__).resolve().parent
+DEMO = PAPER.parent / "experiments" / "demo"
+
+RESULTS = DEMO / "results.csv"  # one row per run, and one of the base model per concept
+GAMMA = DEMO / "gamma.csv"  # the losses of the gamma pairs, step by step
+
+FIGURES = PAPER / "figures" / "build"
+TABLES = PAPER / "tables" / "build"
