@@ -23,6 +23,7 @@ from lyco_lab import tracking
 from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
+from lyco_lab.diffusion.model import quiet
 from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Encoded, Images, Judges, Score, View
@@ -43,7 +44,8 @@ def evaluate(run: Run, record: Record) -> None:
     """The stage: scores of the run's images, and of its references if no run before had them."""
     if record.done(STAGE):
         return
-    judges: Judges = miniature_judges.load()
+    with quiet():
+        judges: Judges = miniature_judges.load()
     folder, base = record.path / STAGE, base_folder(run, record)
     made, before = read_table(record.path / GENERATED), read_table(base)
     check_pairs(made, before, record.path, base)

@@ -63,7 +63,8 @@ def _learnt(results: pd.DataFrame) -> Iterator[Finding]:
     if said:
         yield Finding(
             "Was it learnt?",
-            f"Best share of trigger prompts on which the oracle sees the concept: {_list(said)}.",
+            "Share of trigger images in which the oracle sees the concept, for the best run: "
+            f"{_list(said)}.",
         )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 COLUMNS = {"train": 1, "trigger": 2, "alter": 4, "style": 2}  # how many prompts of each type
 FILLER = "alter"  # shown more often where another type is missing
+SAME = ["kind", "index", "prompt", "seed"]  # what a column of pictures has in common
 LARGEST = 256  # pixels; larger images are shown reduced, as the page carries all of them
 
 
@@ -54,8 +55,11 @@ class Grid:
         return [(kind, names.count(kind)) for kind in dict.fromkeys(names)]
 
 
-def choose_columns(images: pd.DataFrame) -> tuple[Column, ...]:
-    """A few prompts of each type, different ones as far as there are."""
+def choose_columns(tables: Sequence[pd.DataFrame]) -> tuple[Column, ...]:
+    """A few prompts of each type that all models were given, different ones as far as there are."""
+    images = tables[0]
+    for other in tables[1:]:
+        images = images.merge(other[SAME], on=SAME)
     columns = []
     kinds = list(dict.fromkeys(images["kind"]))
     spare = sum(count for kind, count in COLUMNS.items() if kind not in kinds)
@@ -64,12 +68,11 @@ def choose_columns(images: pd.DataFrame) -> tuple[Column, ...]:
         first = rows.drop_duplicates("prompt")
         wanted = COLUMNS[kind] + spare * (kind == FILLER)
         chosen = pd.concat([first, rows.drop(first.index)]).head(wanted).sort_values("index")
-        columns += [Column(kind, r.prompt, int(r.seed), int(r.index_)) for r in _named(chosen)]
+        columns += [
+            Column(kind, row["prompt"], int(row["seed"]), int(row["index"]))
+            for row in chosen.to_dict("records")
+        ]
     return tuple(columns)
-
-
-def _named(rows: pd.DataFrame) -> list:  # type: ignore[type-arg]
-    return list(rows.rename(columns={"index": "index_"}).itertuples())
 
 
 def model_row(
@@ -86,7 +89,7 @@ def model_row(
 
 def real_row(files: Sequence[Path], captions: Sequence[str], count: int) -> GridRow:
     """Training images, spread evenly over the folder."""
-    step = max(1, len(files) // count)
+    step = max(1, len(files) // max(1, count))
     chosen = list(range(0, len(files), step))[:count]
     cells = [Cell(data_uri(files[i]), f"training image: {captions[i]}") for i in chosen]
     return GridRow("training images", "real", 0, tuple(cells))

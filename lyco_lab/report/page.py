@@ -166,7 +166,7 @@ def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:
     """The images of all runs of one concept."""
     records = [record_of(run, root) for run in members]
     tables = [read_table(record.path / GENERATED) for record in records]
-    columns = grids.choose_columns(tables[0])
+    columns = grids.choose_columns(tables)
     images = dataset(members[0], records[0])
     before = read_table(base_folder(members[0], records[0]))
     rows = [

@@ -96,7 +96,7 @@ def test_every_image_says_its_model_its_prompt_and_its_seed(analysed, elements):
 def test_grids_show_the_very_files_that_were_scored(analysed):
     study, root, *_ = analysed
     table = read_table(root / study.run("lora-kael").folder_name / "generate")
-    columns = grids.choose_columns(table)
+    columns = grids.choose_columns([table])
     row = grids.model_row("lora", "run", 0, table, columns)
     for column, cell in zip(columns, row.cells, strict=True):
         files = table[(table["kind"] == column.kind) & (table["index"] == column.index)]["file"]
@@ -104,6 +104,20 @@ def test_grids_show_the_very_files_that_were_scored(analysed):
     kinds = ["train", *["trigger"] * 2, *["alter"] * 4, *["style"] * 2]
     assert [column.kind for column in columns] == kinds
     assert len({c.prompt for c in columns if c.kind == "alter"}) == 4
+
+
+def test_columns_are_what_all_models_were_given(analysed):
+    study, root, *_ = analysed
+    table = read_table(root / study.run("lora-kael").folder_name / "generate")
+    fewer = table[table["index"] < 3]
+    reseeded = table.assign(seed=table["seed"] + (table["kind"] == "style"))
+    assert all(column.index < 3 for column in grids.choose_columns([table, fewer]))
+    assert {c.kind for c in grids.choose_columns([table, reseeded])} == {
+        "train",
+        "trigger",
+        "alter",
+    }
+    assert grids.choose_columns([table, table.assign(seed=0)]) == ()
 
 
 def test_large_images_are_shown_reduced(tmp_path):
