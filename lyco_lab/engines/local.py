@@ -138,7 +138,8 @@ def _side_by_side(
             target=_listen, args=(news, screen, say, waiting, workers), daemon=True
         )
         listener.start()
-        stack.callback(lambda: (news.put(None), listener.join()))
+        stack.callback(listener.join)
+        stack.callback(news.put, None)  # called first: the listener's cue to end
         jobs: list[Future[None]] = [
             pool.submit(_work, run, root, waiting[run.name]) for run in runs
         ]
