@@ -75,6 +75,7 @@ def write(folder: Path, found: dict[str, object], recipe: Recipe, hours: float) 
             ("autoencoder", recipe.autoencoder_batch, recipe.autoencoder),
             ("the same, refined", recipe.autoencoder_batch, recipe.refine),
             ("CLIP pair", recipe.contrastive_batch, recipe.contrastive),
+            ("the same, sharpened", recipe.sharpen_batch, recipe.sharpen),
             ("denoiser", recipe.denoiser_batch, recipe.denoiser),
             ("oracle", recipe.oracle_batch, recipe.oracle),
             ("Gram encoder", recipe.eye_batch, recipe.gram),

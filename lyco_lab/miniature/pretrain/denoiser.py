@@ -39,6 +39,7 @@ from lyco_lab.seeds import derive, generator
 
 SNR_LIMIT = 5.0
 NOISIEST = 850
+Reader = tuple[AutoencoderKL, CLIPTextModel]
 EMPTY_SHARE = 0.1
 
 
@@ -93,17 +94,20 @@ def encode(work: Path, recipe: Recipe, vae: AutoencoderKL, name: str) -> tuple[T
 def train(
     work: Path,
     recipe: Recipe,
-    first: AutoencoderKL,
-    refined: Callable[[], AutoencoderKL],
     words: CLIPTokenizer,
-    text_encoder: CLIPTextModel,
+    first: Reader,
+    refined: Callable[[], Reader],
 ) -> UNet2DConditionModel:
-    """On the first autoencoder's latents, and from `recipe.refined_from` on the refined one's."""
+    """With the first encoders of pictures and captions, and later with the refined ones.
+
+    It begins before these are done; `recipe.refined_from` is the step from which it has them.
+    """
 
     @functools.cache
-    def latents(late: bool) -> tuple[Tensor, Tensor, float]:
-        vae = refined() if late else first
-        return *encode(work, recipe, vae, ("first", "refined")[late]), vae.config.scaling_factor
+    def reader(late: bool) -> tuple[Tensor, Tensor, float, CLIPTextModel]:
+        vae, text_encoder = refined() if late else first
+        moments = encode(work, recipe, vae, ("first", "refined")[late])
+        return *moments, vae.config.scaling_factor, text_encoder
 
     scenes = material.training(work, recipe).scenes
     kept = scheduler().alphas_cumprod
@@ -130,7 +134,7 @@ def train(
         g = generator(recipe.seed, "denoiser", step)
         rng = random.Random(derive(recipe.seed, "denoiser-captions", step))
         picked = torch.randint(len(scenes), (batch,), generator=g)
-        mean, deviation, scale = latents(step >= recipe.refined_from)
+        mean, deviation, scale, text_encoder = reader(step >= recipe.refined_from)
         mu, sigma = mean[picked].float(), deviation[picked].float()
         z = (mu + sigma * torch.randn(mu.shape, generator=g)) * scale
         captions = [

@@ -18,6 +18,8 @@ class Recipe:
     refine: Schedule  # of the autoencoder, beside the denoiser
     contrastive: Schedule
     contrastive_batch: int
+    sharpen: Schedule  # of the CLIP pair
+    sharpen_batch: int
     oracle: Schedule
     oracle_batch: int
     gram: Schedule
@@ -27,7 +29,7 @@ class Recipe:
     denoiser_batch: int
     color_steps: int  # of the denoiser, before its loss turns to composition
     place_from: int  # ... and then to place
-    refined_from: int  # the denoiser's step from which it sees the refined latents
+    refined_from: int  # ... and has the refined latents and the sharpened captions
     judged_captions: int  # unseen captions that the finished model draws for the quality table
 
 
@@ -41,16 +43,18 @@ FULL = Recipe(
     refine=Schedule(steps=7_000, lr=8e-4, weight_decay=1e-4),
     contrastive=Schedule(steps=1_000, lr=1e-3, weight_decay=0.05),
     contrastive_batch=128,
+    sharpen=Schedule(steps=400, lr=5e-4, warmup=20, weight_decay=0.05),
+    sharpen_batch=64,
     oracle=Schedule(steps=1_800, lr=2e-3, weight_decay=0.02),
     oracle_batch=96,
     gram=Schedule(steps=600, lr=2e-3, weight_decay=0.02),
     embedder=Schedule(steps=600, lr=2e-3, weight_decay=0.02),
     eye_batch=96,
-    denoiser=Schedule(steps=17_000, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
+    denoiser=Schedule(steps=15_500, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=32,
     color_steps=5_000,
     place_from=7_500,
-    refined_from=10_000,
+    refined_from=9_500,
     judged_captions=500,
 )
 QUICK = Recipe(
@@ -63,6 +67,8 @@ QUICK = Recipe(
     refine=Schedule(steps=20, lr=8e-4, weight_decay=1e-4),
     contrastive=Schedule(steps=20, lr=1e-3, weight_decay=0.05),
     contrastive_batch=32,
+    sharpen=Schedule(steps=10, lr=5e-4, warmup=20, weight_decay=0.05),
+    sharpen_batch=16,
     oracle=Schedule(steps=30, lr=2e-3, weight_decay=0.02),
     oracle_batch=32,
     gram=Schedule(steps=10, lr=2e-3, weight_decay=0.02),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import judges
@@ -26,7 +26,8 @@ from lyco_lab.miniature.pretrain import judges as judging
 from lyco_lab.miniature.pretrain.recipe import FULL, QUICK, Recipe
 
 Say = Callable[[str], None]
-REFINED = "refined"  # exists once the autoencoder is refined
+Refined = tuple[AutoencoderKL, CLIPTextModel, CLIPModel]
+REFINED = "refined"  # exists once the encoders are
 
 
 def pretrain(out: Path, *, quick: bool = False, say: Say = print) -> dict[str, object]:
@@ -50,11 +51,9 @@ def pretrain(out: Path, *, quick: bool = False, say: Say = print) -> dict[str, o
 
 def finish(out: Path, work: Path, recipe: Recipe, say: Say, hours: float) -> dict[str, object]:
     """Gather what the parts left in `work`, save it to `out`, and measure it as a user loads it."""
-    first = autoencoder.train(work, recipe)
-    vae = autoencoder.refine(work, recipe, first)
-    words, clip = text.train(work, recipe)
-    encoder = assemble.text_encoder(clip)
-    unet = denoiser.train(work, recipe, first, lambda: vae, words, encoder)
+    words, first, refined = _encoders(work, recipe)
+    vae, encoder, clip = refined()
+    unet = denoiser.train(work, recipe, words, first, lambda: (vae, encoder))
     pipe = assemble.pipeline(vae, words, encoder, unet)
     networks: dict[str, nn.Module] = {
         "oracle": judging.train_oracle(work, recipe),
@@ -101,21 +100,33 @@ def _make_text(work: Path, recipe: Recipe) -> None:
     text.train(work, recipe)
 
 
-def _make_denoiser(work: Path, recipe: Recipe) -> None:
-    first: AutoencoderKL = autoencoder.train(work, recipe)
-    parts: tuple[CLIPTokenizer, CLIPModel] = text.train(work, recipe)
-    words, clip = parts
+def _encoders(
+    work: Path, recipe: Recipe
+) -> tuple[CLIPTokenizer, denoiser.Reader, Callable[[], Refined]]:
+    """The tokenizer, the first encoders of pictures and captions, and the way to refined ones."""
+    vae = autoencoder.train(work, recipe)
+    words, clip = text.train(work, recipe)
 
-    def refined() -> AutoencoderKL:
+    def refined() -> Refined:
+        sharp = text.sharpen(work, recipe, words, clip)
+        return autoencoder.refine(work, recipe, vae), assemble.text_encoder(sharp), sharp
+
+    return words, (vae, assemble.text_encoder(clip)), refined
+
+
+def _make_denoiser(work: Path, recipe: Recipe) -> None:
+    words, first, refined = _encoders(work, recipe)
+
+    def wait() -> denoiser.Reader:
         while not (work / REFINED).exists():  # the process beside this one is at it
             time.sleep(1)
-        return autoencoder.refine(work, recipe, autoencoder.train(work, recipe))
+        return refined()[:2]
 
-    denoiser.train(work, recipe, first, refined, words, assemble.text_encoder(clip))
+    denoiser.train(work, recipe, words, first, wait)
 
 
 def _make_judges(work: Path, recipe: Recipe) -> None:
-    autoencoder.refine(work, recipe, autoencoder.train(work, recipe))
+    _encoders(work, recipe)[2]()
     (work / REFINED).touch()
     judging.train_oracle(work, recipe)
     judging.train_gram(work, recipe)
