@@ -27,7 +27,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
-from lyco_lab.errors import nearest
+from lyco_lab.errors import UserError, nearest
 
 # The power of s by which each setting moves. Weight decay is coupled (added to the gradient) in
 # SGD and Adam, decoupled (applied to the factors) in AdamW.
@@ -59,9 +59,9 @@ def exponent(optimizer: str) -> int:
 def scale(gamma: float, degree: int) -> float:
     """s = gamma ** (1 / degree), exact whenever s is a power of two."""
     if not (math.isfinite(gamma) and gamma > 0):
-        raise ValueError(f"gamma must be finite and positive to be folded away, got {gamma}")
+        raise UserError(f"gamma must be finite and positive to be folded away, got {gamma}")
     if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
-        raise ValueError(f"the degree of homogeneity must be an integer >= 1, got {degree}")
+        raise UserError(f"the degree of homogeneity must be an integer >= 1, got {degree}")
     mantissa, exponent_plus_1 = math.frexp(gamma)
     if mantissa == 0.5 and (exponent_plus_1 - 1) % degree == 0:
         # 1 / degree is rounded, so the power below may miss by one unit in the last place, and
@@ -87,13 +87,13 @@ def rewrite(
     for name in hyper:
         if name not in known:
             hint = nearest(name, known)
-            raise ValueError(f"gamma moves {', '.join(known)}, not '{name}'{hint}")
+            raise UserError(f"gamma moves {', '.join(known)}, not '{name}'{hint}")
     lr = hyper.get("lr")
     if lr is None:
-        raise ValueError(f"a rewrite needs the run's lr, got only {sorted(hyper)}")
+        raise UserError(f"a rewrite needs the run's lr, got only {sorted(hyper)}")
     init_scale = hyper.get("init_scale", 1.0)
     if init_scale is None:
-        raise ValueError("init_scale must be a number, got None")
+        raise UserError("init_scale must be a number, got None")
 
     s = scale(gamma, degree)
     powers = _powers(optimizer)
@@ -114,7 +114,7 @@ def rewrite(
 def _powers(optimizer: str) -> Mapping[str, int]:
     if optimizer not in POWERS:
         hint = nearest(optimizer, list(POWERS))
-        raise ValueError(
+        raise UserError(
             f"the gamma theorem is worked out for {', '.join(POWERS)}, not '{optimizer}'{hint}"
         )
     return POWERS[optimizer]

@@ -17,6 +17,7 @@ from torch import nn
 from lyco_lab.adapters import ADAPTERS
 from lyco_lab.adapters.base import Additive
 from lyco_lab.adapters.mount import attach
+from lyco_lab.errors import UserError
 from lyco_lab.gamma import POWERS, Rewrite, exponent, is_power_of_two, rewrite, scale
 from lyco_lab.seeds import generator
 from tests.strategies import adapters, random_factors, random_weight, seeds, shapes
@@ -270,5 +271,5 @@ def test_the_exponents_and_a_rewrite_by_hand():
     ],
 )
 def test_what_cannot_be_rewritten_says_why(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         rewrite(*arguments)
