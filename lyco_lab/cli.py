@@ -192,7 +192,7 @@ def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: 
 
 
 def main() -> None:
-    """The entry point of `lyco-lab`. What its libraries say of themselves is kept off the screen."""
+    """The entry point of `lyco-lab`. What libraries say of themselves is kept off the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     app(prog_name="lyco-lab")

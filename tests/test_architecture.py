@@ -13,9 +13,9 @@ LIBRARY = ROOT / "lyco_lab"
 
 # A module may import its own package and whatever stands before it.
 ORDER = (
-    "errors", "seeds", "linalg", "record", "progress", "adapters", "gamma", "config", "formats", "diffusion",
-    "miniature", "data", "tracking", "train", "generate", "evaluate", "analyse", "report",
-    "dry_run", "engines", "cli", "__main__",
+    "errors", "seeds", "linalg", "record", "progress", "adapters", "gamma", "config", "formats",
+    "diffusion", "miniature", "data", "tracking", "train", "generate", "evaluate", "analyse",
+    "report", "dry_run", "engines", "cli", "__main__",
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {"adapters": {"base", "mount", "plan"}, "evaluate": {"base", "stage"}, "engines": set()}

@@ -151,7 +151,8 @@ def _side_by_side(
                 job.cancel()
             # Ctrl-C reaches the workers too: they finish their step, save it, and say so.
             if isinstance(error, KeyboardInterrupt):
-                raise Interrupted("every run that was being worked on has saved its state") from None
+                saved = "every run that was being worked on has saved its state"
+                raise Interrupted(saved) from None
             raise
 
 

@@ -1,7 +1,7 @@
 """The world on disk, in the format that real data uses: images, captions, manifest.
 
-    OUT/world/         pictures of the pretraining world
-    OUT/concepts/NAME/ the training folder of each held-out concept
+OUT/world/         pictures of the pretraining world
+OUT/concepts/NAME/ the training folder of each held-out concept
 """
 
 import json
@@ -24,7 +24,9 @@ def write(out: Path, count: int, seed: int = 0) -> None:
     Refuses a folder with other files in it: nothing that it did not write is touched.
     """
     world = out / "world"
-    foreign = [p for p in out.iterdir() if p.name not in ("world", "concepts")] if out.is_dir() else []
+    foreign = (
+        [p for p in out.iterdir() if p.name not in ("world", "concepts")] if out.is_dir() else []
+    )
     if foreign:
         raise UserError(f"{out} holds other files ({foreign[0].name}): name a new folder")
     with writing(world):
