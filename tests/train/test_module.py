@@ -22,7 +22,9 @@ def module(begin):
     def module(**settings):
         run, _ = begin(**settings)
         diffusion = load(run.model.path)
-        return Training(diffusion, mount(run, diffusion), run.train), batches_of(run, diffusion, 1)[0]
+        return Training(diffusion, mount(run, diffusion), run.train), batches_of(run, diffusion, 1)[
+            0
+        ]
 
     return module
 
