@@ -5,7 +5,6 @@ the page, no script, no request to anywhere (its own Content-Security-Policy for
 """
 
 import csv
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,36 +18,17 @@ from lyco_lab.analyse.gamma_pair import Verdict, exact
 from lyco_lab.analyse.table import BASE, concept_name, quoted, record_of, study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import dataset
-from lyco_lab.evaluate.stage import REAL
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table
 from lyco_lab.record import atomic, identity
 from lyco_lab.report import figures, grids
 from lyco_lab.report.findings import caveat, findings
+from lyco_lab.report.table import NAMES, form_of, table_rows
 
 REPORT = "report.html"
 X, Y = "text_similarity_alter", "image_similarity_alter"
 X_TITLE, Y_TITLE = "text similarity → obeys", "image similarity → resembles"
-NAMES = {BASE: "base model", REAL: "training images"}
-THIN = "\N{THIN SPACE}"
 SHOWN_STEPS = 3  # of a gamma pair's losses, at either end
-
-
-@dataclass(frozen=True)
-class TableCell:
-    text: str
-    error: str
-    best: bool
-
-
-@dataclass(frozen=True)
-class TableRow:
-    label: str
-    role: str
-    series: int
-    cells: tuple[TableCell, ...]
-    params: str
-    seconds: str
 
 
 @dataclass(frozen=True)
@@ -71,15 +51,15 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
     numbers = series(study)
     by_name = {run.name: short_name(run) for run in study.runs}
     results = results.assign(label=[NAMES.get(n, by_name.get(n, n)) for n in results["run"]])
-    digits = {column: decimals(results[column]) for column in quoted()}
+    forms = {column: form_of(results[column]) for column in quoted()}
     html = _template().render(
         study=study,
         legend=list(numbers.items()),
         findings=findings(results, list(verdicts)),
         caveat=caveat(len({run.seed for run in study.runs})),
-        heads=[(metric, kind) for metric, kind in quoted().values()],
+        heads=[(m, kind, forms[column].unit) for column, (m, kind) in quoted().items()],
         tables=[
-            (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers, digits))
+            (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers, forms))
             for concept, rows in results.groupby("concept", sort=False)
         ],
         grids=[grid(members, root, numbers) for members in by_concept(study).values()],
@@ -111,55 +91,6 @@ def by_concept(study: Study) -> dict[str, list[Run]]:
     for run in study.runs:
         found.setdefault(concept_name(run), []).append(run)
     return found
-
-
-def table_rows(
-    rows: pd.DataFrame, numbers: dict[str, int], digits: dict[str, int]
-) -> list[TableRow]:
-    """One concept's rows; the best of each column among the runs is marked, ties included.
-
-    Values equal at the digits shown are ties. A column in which all runs tie marks none.
-    """
-    is_run = ~rows["adapter"].isin(list(NAMES))
-    best = {}
-    for column, (metric, _) in quoted().items():
-        among = rows[column][is_run].dropna()
-        texts = {written(value, digits[column]) for value in among}
-        top = among.max() if metric.better == "higher" else among.min()
-        best[column] = written(top, digits[column]) if len(texts) > 1 else None
-    found = []
-    for row in rows.to_dict("records"):
-        role = row["adapter"] if row["adapter"] in NAMES else "run"
-        cells = []
-        for column in quoted():
-            text = written(row[column], digits[column])
-            error = row[f"{column}_se"]
-            cells.append(
-                TableCell(
-                    text,
-                    written(error, digits[column]) if error else "",
-                    role == "run" and text == best[column],
-                )
-            )
-        params = f"{int(row['trainable_params']):,}".replace(",", THIN) if role == "run" else ""
-        seconds = f"{row['train_seconds']:.0f} s" if role == "run" else ""
-        number = numbers.get(row["label"], 0)
-        found.append(TableRow(row["label"], role, number, tuple(cells), params, seconds))
-    return found
-
-
-def decimals(values: pd.Series) -> int:
-    """So many that a column's usual value shows two digits, and at least two of them."""
-    sizes = values.abs()[values.abs() > 0]
-    if sizes.empty:
-        return 2
-    middle = sizes.median()
-    return 0 if middle >= 100 else max(2, 1 - math.floor(math.log10(middle)))
-
-
-def written(value: float, digits: int) -> str:
-    """In the column's digits; "" for nothing, and no minus sign before a zero."""
-    return "" if math.isnan(value) else f"{value:z.{digits}f}".replace("-", "−")
 
 
 def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:

@@ -3,14 +3,18 @@
 import dataclasses
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from lyco_lab.analyse import analyse
 from lyco_lab.analyse.gamma_pair import compare
+from lyco_lab.analyse.table import quoted
 from lyco_lab.generate import read_table
 from lyco_lab.report import grids, page
-from lyco_lab.report.page import decimals, differences, short_name, written
+from lyco_lab.report.page import differences, short_name
+from lyco_lab.report.table import Form, form_of, table_rows, written
 
 
 class Elements(HTMLParser):
@@ -100,7 +104,7 @@ def test_grids_show_the_very_files_that_were_scored(analysed):
     row = grids.model_row("lora", "run", 0, table, columns)
     for column, cell in zip(columns, row.cells, strict=True):
         files = table[(table["kind"] == column.kind) & (table["index"] == column.index)]["file"]
-        assert cell.uri == grids.data_uri(page.Path(files.iloc[0]))
+        assert cell.uri == grids.data_uri(Path(files.iloc[0]))
     kinds = ["train", *["trigger"] * 2, *["alter"] * 4, *["style"] * 2]
     assert [column.kind for column in columns] == kinds
     assert len({c.prompt for c in columns if c.kind == "alter"}) == 4
@@ -166,8 +170,8 @@ def test_the_same_study_gives_the_same_page(analysed, html):
 def test_the_best_run_of_each_column_is_marked_ties_included(analysed):
     _, _, results, _ = analysed
     rows = results[results["concept"] == "kael"].assign(label=lambda frame: frame["run"])
-    columns = page.quoted()
-    table = page.table_rows(rows, {}, dict.fromkeys(columns, 2))
+    columns = quoted()
+    table = table_rows(rows, {}, dict.fromkeys(columns, Form(0, 2)))
     runs = [row for row in table if row.role == "run"]
     for i, (metric, _) in enumerate(columns.values()):
         values = {row.cells[i].text for row in runs}
@@ -178,21 +182,33 @@ def test_the_best_run_of_each_column_is_marked_ties_included(analysed):
 
 
 @pytest.mark.parametrize(
-    ("value", "digits", "text"),
-    [(0.5, 2, "0.50"), (-0.001, 2, "0.00"), (-0.5, 1, "−0.5"), (float("nan"), 2, "")],
+    ("value", "form", "text"),
+    [
+        (0.5, Form(0, 2), "0.50"),
+        (-0.001, Form(0, 2), "0.00"),
+        (-0.5, Form(0, 1), "−0.5"),
+        (0.0024, Form(3, 2), "2.40"),
+        (float("nan"), Form(0, 2), ""),
+    ],
 )
-def test_numbers_are_written_in_their_columns_digits(value, digits, text):
-    assert written(value, digits) == text
+def test_numbers_are_written_in_their_columns_form(value, form, text):
+    assert written(value, form) == text
 
 
-def test_small_columns_get_more_digits():
-    import pandas as pd
-
-    assert decimals(pd.Series([0.4, 0.5, 0.0])) == 2
-    assert decimals(pd.Series([0.002, 0.003])) == 4
-    assert decimals(pd.Series([5.1, 7.3])) == 2
-    assert decimals(pd.Series([1234.0])) == 0
-    assert decimals(pd.Series([float("nan"), 0.0])) == 2
+@pytest.mark.parametrize(
+    ("values", "form", "unit"),
+    [
+        ([0.4, 0.5, 0.0], Form(0, 2), ""),
+        ([0.002, 0.003], Form(3, 2), "10⁻³"),
+        ([2e-6, -9e-7], Form(6, 2), "10⁻⁶"),
+        ([5.1, 7.3], Form(0, 2), ""),
+        ([1234.0], Form(0, 0), ""),
+        ([float("nan"), 0.0], Form(0, 2), ""),
+    ],
+)
+def test_a_columns_usual_value_shows_its_digits(values, form, unit):
+    assert form_of(pd.Series(values)) == form
+    assert form.unit == unit
 
 
 def test_names_lose_their_concept_and_differences_are_settings(evaluated):
