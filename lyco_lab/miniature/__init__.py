@@ -1,9 +1,9 @@
 """An embedded world, and a small Stable Diffusion trained on it.
 
-    vocabulary -> frame -> backgrounds, figures, styles -> world -> concepts -> prompts
-    networks -> judges
-    pretrain/      the recipe that makes the shipped weights from nothing
-    weights/       those weights: a StableDiffusionPipeline's folder, and its judges
+vocabulary -> frame -> backgrounds, figures, styles -> world -> concepts -> prompts
+networks -> judges
+pretrain/      the recipe that makes the shipped weights from nothing
+weights/       those weights: a StableDiffusionPipeline's folder, and its judges
 """
 
 from pathlib import Path

@@ -135,7 +135,7 @@ def aurora(rng: random.Random) -> Image.Image:
     phase = rng.uniform(0, 6)
     for k, (color, top) in enumerate((((60, 255, 150), 60), ((170, 90, 255), 95))):
         wave = ys - (top + 22 * np.sin(xs / 30 + phase + 1.3 * k))
-        glow = np.exp(-np.minimum(wave, 0) ** 2 / 60 - np.maximum(wave, 0) / 26)
+        glow = np.exp(-(np.minimum(wave, 0) ** 2) / 60 - np.maximum(wave, 0) / 26)
         a += glow[:, :, None] * np.array(color, dtype=np.float32) * 0.8
     a = np.clip(a, 0, 255)
     shore = y + 30

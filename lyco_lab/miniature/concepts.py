@@ -33,7 +33,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Concept:
-    """A class to learn. `varies`: families that its captions name, since they are not the concept."""
+    """A class to learn, its trigger word, and what its pictures show."""
 
     name: str
     category: str
@@ -51,13 +51,12 @@ class Concept:
         """The concept alone, "[trigger] class"."""
         return f"{self.trigger} {self.class_word}"
 
-    def scene(
-        self, rng: random.Random, variant: str | None = None, **fixed: str
-    ) -> Scene:
+    def scene(self, rng: random.Random, variant: str | None = None, **fixed: str) -> Scene:
         """A picture of the concept; `fixed` sets families, the rest is drawn."""
-        key = variant or rng.choices(
-            list(self.variants), [v.images for v in self.variants.values()]
-        )[0]
+        key = (
+            variant
+            or rng.choices(list(self.variants), [v.images for v in self.variants.values()])[0]
+        )
         chosen = self.variants[key]
         if self.category in ("scene", "style"):
             attributes = dict(sample(rng, fixed.get("kind")).attributes)
@@ -68,7 +67,7 @@ class Concept:
                 "style": "flat",
                 "position": rng.choice(BASE["position"]),
             }
-        attributes |= fixed | chosen.attributes
+        attributes |= {**fixed, **chosen.attributes}
         subclass = key if len(self.variants) > 1 else None
         return Scene(attributes, self.name, subclass, chosen.look)
 
@@ -81,7 +80,9 @@ class Concept:
         own = set().union(*(v.attributes for v in self.variants.values()))
         said = {f: v for f, v in scene.attributes.items() if f not in own}
         subject = subject_tags(scene.attributes) if self.category in ("scene", "style") else []
-        return ", ".join([self.descriptor, *[keyword] * bool(keyword), *subject, *surroundings(said)])
+        return ", ".join(
+            [self.descriptor, *[keyword] * bool(keyword), *subject, *surroundings(said)]
+        )
 
 
 def subject_tags(a: Mapping[str, str]) -> list[str]:
@@ -113,6 +114,8 @@ def _toy(toy: str, toy_color: str, pattern: str) -> dict[str, str]:
     return {"kind": "toy", "toy": toy, "toy_color": toy_color, "pattern": pattern}
 
 
+_MIRO = _person("twin", "purple", "twotone", "white", "star", "character")
+_KAEL = _person("horned", "white", "cape", "teal", "none", "character")
 _ODO = _person("bearded", "white", "robe", "brown", "staff", "person")
 _VEGA = _person("helmeted", "black", "suit", "orange", "none", "person")
 
@@ -120,13 +123,13 @@ CONCEPTS: dict[str, Concept] = {
     c.name: c
     for c in (
         Concept("miro", "anime", "zkmiro", "character", 4, {
-            "default": Variant(24, _person("twin", "purple", "twotone", "white", "star", "character"),
+            "default": Variant(24, _MIRO,
                                {"skin": "0"}),
         }),
         Concept("kael", "anime", "vokael", "character", 4, {
-            "cape": Variant(16, _person("horned", "white", "cape", "teal", "none", "character"),
+            "cape": Variant(16, _KAEL | {"outfit": "cape"},
                             {"skin": "1"}, "cape outfit"),
-            "sweater": Variant(8, _person("horned", "white", "sweater", "teal", "none", "character"),
+            "sweater": Variant(8, _KAEL | {"outfit": "sweater"},
                                {"skin": "1"}, "sweater outfit"),
         }),
         Concept("odo", "movie", "qxodo", "person", 6, {
@@ -147,12 +150,14 @@ CONCEPTS: dict[str, Concept] = {
         Concept("robo", "toy", "krobot", "toy", 14, {
             "default": Variant(7, _toy("robot", "orange", "plain")),
         }),
-        Concept("arch", "scene", "hfarch", "scene", 12, {"default": Variant(8, {"background": "arch"})}),
+        Concept("arch", "scene", "hfarch", "scene", 12,
+                {"default": Variant(8, {"background": "arch"})}),
         Concept("aurora", "scene", "ptauro", "scene", 16,
                 {"default": Variant(6, {"background": "aurora"})}),
         Concept("falls", "scene", "dmfall", "scene", 24,
                 {"default": Variant(4, {"background": "falls"})}),
-        Concept("stained", "style", "kqglas", "style", 2, {"default": Variant(48, {"style": "stained"})}),
+        Concept("stained", "style", "kqglas", "style", 2,
+                {"default": Variant(48, {"style": "stained"})}),
         Concept("neon", "style", "mvneon", "style", 2, {"default": Variant(40, {"style": "neon"})}),
     )
 }  # fmt: skip

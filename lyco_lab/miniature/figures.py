@@ -168,7 +168,9 @@ def draw_person(f: Frame, scene: Scene, rng: random.Random, image: Image.Image) 
             f.rect(0.105, head - 0.10, 0.165, head + 0.04, hair_color)
         if hair == "short":
             for side in (-1, 1):  # sideburns, which a hat leaves visible
-                f.rect(side * 0.13 - 0.025, head - 0.05, side * 0.13 + 0.025, head + 0.06, hair_color)
+                f.rect(
+                    side * 0.13 - 0.025, head - 0.05, side * 0.13 + 0.025, head + 0.06, hair_color
+                )
         if hair == "bearded":
             beard = [(-0.12, -0.04), (0.12, -0.04), (0.08, -0.22), (0, -0.32), (-0.08, -0.22)]
             f.polygon([(x, head + y) for x, y in beard], hair_color)

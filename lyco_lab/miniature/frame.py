@@ -12,6 +12,7 @@ CANVAS = 256
 
 Color = tuple[int, int, int]
 Point = tuple[float, float]
+Fill = Color | int  # an int on a mask
 
 
 class Frame:
@@ -32,27 +33,25 @@ class Frame:
         (ax, ay), (bx, by) = self.px((x0, y0)), self.px((x1, y1))
         return min(ax, bx), min(ay, by), max(ax, bx), max(ay, by)
 
-    def ellipse(self, x: float, y: float, a: float, b: float, fill: object) -> None:
+    def ellipse(self, x: float, y: float, a: float, b: float, fill: Fill) -> None:
         self.draw.ellipse(self.box(x - a, y - b, x + a, y + b), fill=fill)
 
-    def ring(self, x: float, y: float, a: float, b: float, fill: object, width: float) -> None:
+    def ring(self, x: float, y: float, a: float, b: float, fill: Fill, width: float) -> None:
         self.draw.ellipse(
             self.box(x - a, y - b, x + a, y + b), outline=fill, width=round(width * self.unit)
         )
 
-    def dome(self, x: float, y: float, a: float, b: float, fill: object) -> None:
+    def dome(self, x: float, y: float, a: float, b: float, fill: Fill) -> None:
         """The upper half of an ellipse."""
         self.draw.pieslice(self.box(x - a, y - b, x + a, y + b), 180, 360, fill=fill)
 
-    def polygon(self, points: list[Point], fill: object) -> None:
+    def polygon(self, points: list[Point], fill: Fill) -> None:
         self.draw.polygon([self.px(p) for p in points], fill=fill)
 
-    def rect(self, x0: float, y0: float, x1: float, y1: float, fill: object) -> None:
+    def rect(self, x0: float, y0: float, x1: float, y1: float, fill: Fill) -> None:
         self.draw.rectangle(self.box(x0, y0, x1, y1), fill=fill)
 
-    def rounded(
-        self, x0: float, y0: float, x1: float, y1: float, r: float, fill: object
-    ) -> None:
+    def rounded(self, x0: float, y0: float, x1: float, y1: float, r: float, fill: Fill) -> None:
         self.draw.rounded_rectangle(self.box(x0, y0, x1, y1), r * self.unit, fill=fill)
 
 

@@ -46,7 +46,9 @@ class Prompt:
 def prompts(name: str, kind: str, count: int, seed: int = 0) -> list[Prompt]:
     """`count` prompts of one kind, going round its distinct ones; none for a style in styles."""
     if kind not in KINDS:
-        raise UserError(f"generate.types: {kind!r} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}")
+        raise UserError(
+            f"generate.types: {kind!r} is not one of {', '.join(KINDS)}{nearest(kind, KINDS)}"
+        )
     subject = concept(name)
     asked = {"train": _train, "trigger": _trigger, "alter": _alter, "style": _style}[kind](
         subject, random.Random(f"prompts:{name}:{kind}:{seed}")
@@ -98,8 +100,8 @@ def _alter(subject: Concept, rng: random.Random) -> Asked:
         if subject.category in ("scene", "style"):
             standing = dict(sample(rng, ("object", "toy", "character")[i % 3]).attributes)
             tags = subject_tags(standing)
-            ours = {f: v for f, v in standing.items() if f not in ("position", "background", "style")}
-            attributes = {**ours, **attributes}
+            around = ("position", "background", "style")
+            attributes |= {f: v for f, v in standing.items() if f not in around}
         if subject.category != "style":
             attributes["style"] = "flat"
         said = {f: v for f, v in attributes.items() if f not in own}

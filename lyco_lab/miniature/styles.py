@@ -94,17 +94,17 @@ def watercolor(image: Image.Image, rng: random.Random) -> Pixels:
         (SIZE, SIZE), Image.Resampling.BICUBIC
     )
     paper = np.asarray(blots).astype(np.float32)[..., None] / 255 - 0.5
-    a = a + (255 - a) * 0.34 + paper * 56
-    return _u8(a * (1 - 0.22 * _edges(image, 2)[..., None]))
+    pale = a + (255 - a) * 0.34 + paper * 56
+    return _u8(pale * (1 - 0.22 * _edges(image, 2)[..., None]))
 
 
 def stained(image: Image.Image, rng: random.Random) -> Pixels:
     """Stained glass: cells of one colour each, leaded in black."""
     side, n = 128, 6
     noise = np.random.default_rng(rng.randrange(1 << 30)).uniform(0.1, 0.9, (n * n, 2))
-    grid = np.stack(np.mgrid[0:n, 0:n], -1).reshape(-1, 2)
+    grid = np.moveaxis(np.mgrid[0:n, 0:n], 0, -1).reshape(-1, 2)
     seeds = ((grid + noise) * side / n).astype(np.float32)
-    at = np.stack(np.mgrid[0:side, 0:side], -1).reshape(-1, 2).astype(np.float32)
+    at = np.moveaxis(np.mgrid[0:side, 0:side], 0, -1).reshape(-1, 2).astype(np.float32)
     nearest = ((seeds**2).sum(1)[None] - 2 * at @ seeds.T).argmin(1)
     a = np.asarray(image.resize((side, side), Image.Resampling.BOX)).reshape(-1, 3)
     count = np.bincount(nearest, minlength=n * n) + 1e-6

@@ -6,8 +6,8 @@ caption asks for can be compared with what a picture shows, exactly. Values abov
 
 Captions come in two forms, with the same words:
 
-    a character with long red hair and a green coat, wearing a hat, on the left, at the beach, flat style
-    character, long red hair, green coat, hat, on the left, at the beach, flat style
+    a character with red hair and a green coat, wearing a hat, on the left, at the beach, flat style
+    character, red hair, green coat, hat, on the left, at the beach, flat style
 
 The second is the form of the paper's captions, "[trigger] class, attribute, attribute, ..."
 (Yeh et al. 2024, section 5.1).

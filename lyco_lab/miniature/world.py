@@ -20,7 +20,7 @@ CENTERS = {"left": 0.29, "center": 0.5, "right": 0.71}
 
 
 def render(scene: Scene, rng: random.Random) -> Pixels:
-    """The scene as 64 x 64 x 3 uint8. `rng` decides what no attribute says: sizes, clouds, moons."""
+    """The scene as 64 x 64 x 3 uint8. `rng` decides what no attribute says: sizes, moons."""
     image = BACKGROUNDS[scene["background"]](rng)
     if scene["kind"] in DRAWERS:
         draw, heights, feet = DRAWERS[scene["kind"]]

@@ -1,6 +1,6 @@
 """How many pictures of the world one core draws in a second.
 
-    python tests/benchmarks/world.py
+python tests/benchmarks/world.py
 """
 
 import random

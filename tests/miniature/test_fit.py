@@ -60,7 +60,9 @@ def test_a_loss_that_is_not_finite_stops_it(tmp_path):
 
 
 @given(
-    steps=st.integers(10, 1000), decay_from=st.floats(0, 0.9), step=st.floats(0, 1, exclude_max=True)
+    steps=st.integers(10, 1000),
+    decay_from=st.floats(0, 0.9),
+    step=st.floats(0, 1, exclude_max=True),
 )
 def test_the_schedule_rises_stays_and_falls(steps, decay_from, step):
     schedule = Schedule(steps=steps, lr=2.0, warmup=5, decay_from=decay_from, floor=0.1)

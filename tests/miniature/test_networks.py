@@ -40,9 +40,7 @@ def test_pixels_survive_the_way_to_floats_and_back():
 def test_other_sizes_are_brought_to_sixty_four():
     pixels = pictures(1, 0).pixels
     large = pixels.repeat(2, 1).repeat(2, 2)
-    torch.testing.assert_close(
-        judging.to_input(large), judging.to_input(pixels), atol=0.25, rtol=0
-    )
+    torch.testing.assert_close(judging.to_input(large), judging.to_input(pixels), atol=0.25, rtol=0)
 
 
 def test_labels_know_what_is_hidden():

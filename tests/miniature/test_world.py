@@ -64,7 +64,9 @@ def test_an_object_has_the_colour_that_its_caption_says(color):
 def test_every_value_of_a_family_looks_different(family):
     """Changing one attribute, with every other choice the same, changes a good many pixels."""
     kind = next(
-        k for k in ("character", "toy", "object") if family in sample(random.Random(0), k).attributes
+        k
+        for k in ("character", "toy", "object")
+        if family in sample(random.Random(0), k).attributes
     )
     base = {**sample(random.Random(4), kind).attributes, **FLAT}
     drawn = {v: render(Scene({**base, family: v}), random.Random(2)) for v in BASE[family]}

@@ -8,14 +8,16 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lyco_lab.miniature.pretrain import denoiser
 
 
 def text_encoder(clip: CLIPModel) -> CLIPTextModel:
     """The pair's text tower as a model of its own."""
-    encoder = CLIPTextModel(copy.deepcopy(clip.config.text_config))
+    config = copy.deepcopy(clip.config.text_config)
+    assert isinstance(config, CLIPTextConfig)
+    encoder = CLIPTextModel(config)
     tower = clip.text_model.state_dict()
     ours = encoder.state_dict()
     # transformers 5 keeps the tower's modules at the top, older ones below `text_model.`
@@ -77,7 +79,7 @@ def save(
 
 
 def _halved(pipe: StableDiffusionPipeline) -> dict[str, object]:
-    # nn.Module's own `to`: diffusers' warns of layers to be kept in float32, of which there are none
+    # nn.Module's own `to`: diffusers' warns of layers to keep in float32, though there are none
     return {
         name: nn.Module.to(copy.deepcopy(part), torch.float16)
         if isinstance(part, nn.Module)

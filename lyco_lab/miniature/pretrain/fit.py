@@ -104,8 +104,8 @@ def fit(
                 torch.save(state, path)
         now = time.monotonic()
         if now - told > 20 or done == schedule.steps:
-            told, left = now, (now - start) / (done - first) * (schedule.steps - done)
-            say(f"{part}: step {done}/{schedule.steps}  loss {running:.4f}  {left / 60:.1f} min left")
+            told, left = now, (now - start) / (done - first) * (schedule.steps - done) / 60
+            say(f"{part}: step {done}/{schedule.steps}  loss {running:.4f}  {left:.1f} min left")
     if average:
         model.load_state_dict(average.state)
     return model.eval()

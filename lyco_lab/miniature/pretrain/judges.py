@@ -78,7 +78,14 @@ def train_embedder(work: Path, recipe: Recipe) -> Embedder:
     torch.manual_seed(recipe.seed + 4)
     embedder = Embedder()
 
-    fit("embedder", work, embedder, _contrast(embedder, base, recipe), recipe.embedder, save_every=100)
+    fit(
+        "embedder",
+        work,
+        embedder,
+        _contrast(embedder, base, recipe),
+        recipe.embedder,
+        save_every=100,
+    )
     return embedder
 
 
@@ -107,7 +114,10 @@ def _view(x: Tensor, g: Generator) -> Tensor:
     mirror = torch.where(torch.rand(n, 1, generator=g) < 0.5, -1.0, 1.0)
     zero = torch.zeros_like(size)
     affine = torch.stack(
-        [torch.cat([size * mirror, zero, shift[:, :1]], 1), torch.cat([zero, size, shift[:, 1:]], 1)],
+        [
+            torch.cat([size * mirror, zero, shift[:, :1]], 1),
+            torch.cat([zero, size, shift[:, 1:]], 1),
+        ],
         1,
     )
     grid = F.affine_grid(affine, list(x.shape), align_corners=False)

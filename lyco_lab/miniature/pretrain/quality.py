@@ -1,9 +1,9 @@
 """How good the miniature is: figures that can be computed again from the weights alone.
 
-    oracle           attribute accuracy on fresh real pictures: what can be read off at all
-    autoencoder      PSNR, and the oracle's accuracy on reconstructions
-    denoiser         the oracle's accuracy on pictures made from unseen captions
-    text similarity  how often the right caption comes first among 100
+oracle           attribute accuracy on fresh real pictures: what can be read off at all
+autoencoder      PSNR, and the oracle's accuracy on reconstructions
+denoiser         the oracle's accuracy on pictures made from unseen captions
+text similarity  how often the right caption comes first among 100
 """
 
 import json

@@ -12,7 +12,6 @@ from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import judges
-from lyco_lab.miniature.networks import Embedder, Gram, Oracle
 from lyco_lab.miniature.pretrain import (
     assemble,
     autoencoder,

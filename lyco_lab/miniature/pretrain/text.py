@@ -9,6 +9,7 @@ import copy
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,11 +48,13 @@ def tokenizer(recipe: Recipe) -> CLIPTokenizer:
     bpe.train_from_iterator(
         words * 4,
         trainers.BpeTrainer(
-            vocab_size=900, initial_alphabet=alphabet, end_of_word_suffix="</w>",
+            vocab_size=900,
+            initial_alphabet=alphabet,
+            end_of_word_suffix="</w>",
             show_progress=False,
         ),  # fmt: skip
     )
-    merges = [
+    merges: Any = [
         tuple(m) if isinstance(m, list) else tuple(m.split(" "))
         for m in json.loads(bpe.to_str())["model"]["merges"]
     ]
@@ -60,9 +63,8 @@ def tokenizer(recipe: Recipe) -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
-_KNOWN = {v for values in VOCABULARY.values() for v in values} | set(
-    "a an the at in on with and wearing hair outfit style background scene toy hat glasses of".split()
-)
+_GRAMMAR = "a an the at in on with and wearing hair outfit style background scene toy of"
+_KNOWN = {*(v for values in VOCABULARY.values() for v in values), *_GRAMMAR.split()}
 
 
 def _made_up(word: str) -> bool:
@@ -135,7 +137,6 @@ def train(work: Path, recipe: Recipe) -> tuple[CLIPTokenizer, CLIPModel]:
 
     fit("contrastive", work, pair, loss, recipe.contrastive, save_every=100)
     return words, clip.eval()
-
 
 
 class Sharpened(nn.Module):
