@@ -115,24 +115,38 @@ def test_a_python_of_its_own_killed_and_started_again(tiny_sd, tiny_concept, tmp
 
     def start(where):
         words = [sys.executable, "-c", PROGRAM, tmp_path / where, tiny_sd, tiny_concept]
-        return subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL)
+        return subprocess.Popen(
+            list(map(str, words)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
 
     def record(where):
         (folder,) = (tmp_path / where).iterdir()
         return Record(folder)
 
-    assert start("straight").wait() == 0
-    rng = random.Random()
-    for rows in sorted(rng.sample(range(1, 40), 2)):
-        process = start("killed")
-        while process.poll() is None:
+    def finish(where):
+        process = start(where)
+        _, said = process.communicate()
+        assert process.returncode == 0, said
+
+    def stop(number, rows):
+        """Send a signal to the group, as a terminal does, once so many rows are written."""
+        process = start("stopped")
+        while not ((tmp_path / "stopped").is_dir() and rows_written(record("stopped")) >= rows):
+            assert process.poll() is None
             time.sleep(0.002)
-            if (tmp_path / "killed").is_dir() and rows_written(record("killed")) >= rows:
-                time.sleep(rng.uniform(0, 0.05))
-                process.kill()
-        process.wait()
-    assert start("killed").wait() == 0
-    assert results(record("killed")) == results(record("straight"))
+        os.killpg(process.pid, number)
+        return process.communicate()[1]
+
+    finish("straight")
+    rng = random.Random()
+    stop(signal.SIGKILL, rng.randint(1, 20))
+    assert "which is saved" in stop(signal.SIGINT, rng.randint(21, 38))
+    finish("stopped")
+    assert results(record("stopped")) == results(record("straight"))
 
 
 def test_stopped_by_control_c_it_saves_and_goes_on(begin, trained, results, monkeypatch):
