@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from lyco_lab.miniature.pretrain import material
 from lyco_lab.miniature.pretrain.fit import fit
@@ -108,6 +108,28 @@ def refine(work: Path, recipe: Recipe, first: AutoencoderKL) -> AutoencoderKL:
         return 5 * (error**2).mean() + 0.1 * _sharp(error, y, x) + anchor
 
     fit("refine", work, vae, loss, recipe.refine)
+    return vae
+
+
+def polish(work: Path, recipe: Recipe, refined: AutoencoderKL) -> AutoencoderKL:
+    """A copy of `refined` whose decoder was trained on: no latent moves, so nothing else has to."""
+    base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
+    vae = copy.deepcopy(refined)
+    decoder, batch = nn.ModuleList([vae.post_quant_conv, vae.decoder]), recipe.polish_batch
+
+    def loss(step: int) -> Tensor:
+        g = generator(recipe.seed, "polish", step)
+        pool = concepts if step % 5 == 0 else base
+        picked = torch.randint(len(pool), (batch,), generator=g).tolist()
+        x = material.to_tensor(pool.pixels[picked])
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                mean = vae.encode(x).latent_dist.mean
+            y = vae.decode(mean + 0.02 * torch.randn(mean.shape, generator=g)).sample.float()
+        error = y - x
+        return 5 * (error**2).mean() + 0.05 * _sharp(error, y, x)
+
+    fit("polish", work, decoder, loss, recipe.polish)
     return vae
 
 

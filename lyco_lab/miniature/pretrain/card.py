@@ -74,6 +74,7 @@ def write(folder: Path, found: dict[str, object], recipe: Recipe, hours: float) 
         for name, batch, schedule in (
             ("autoencoder", recipe.autoencoder_batch, recipe.autoencoder),
             ("the same, refined", recipe.autoencoder_batch, recipe.refine),
+            ("its decoder alone", recipe.polish_batch, recipe.polish),
             ("CLIP pair", recipe.contrastive_batch, recipe.contrastive),
             ("the same, sharpened", recipe.sharpen_batch, recipe.sharpen),
             ("denoiser", recipe.denoiser_batch, recipe.denoiser),

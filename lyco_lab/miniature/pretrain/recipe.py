@@ -16,6 +16,8 @@ class Recipe:
     autoencoder: Schedule
     autoencoder_batch: int
     refine: Schedule  # of the autoencoder, beside the denoiser
+    polish: Schedule  # of its decoder alone
+    polish_batch: int
     contrastive: Schedule
     contrastive_batch: int
     sharpen: Schedule  # of the CLIP pair
@@ -41,6 +43,8 @@ FULL = Recipe(
     autoencoder=Schedule(steps=10_500, lr=1.5e-3, weight_decay=1e-4),
     autoencoder_batch=4,
     refine=Schedule(steps=7_000, lr=8e-4, weight_decay=1e-4),
+    polish=Schedule(steps=4_500, lr=6e-4, weight_decay=1e-4),
+    polish_batch=8,
     contrastive=Schedule(steps=1_000, lr=1e-3, weight_decay=0.05),
     contrastive_batch=128,
     sharpen=Schedule(steps=400, lr=5e-4, warmup=20, weight_decay=0.05),
@@ -65,6 +69,8 @@ QUICK = Recipe(
     autoencoder=Schedule(steps=40, lr=1.5e-3, weight_decay=1e-4),
     autoencoder_batch=4,
     refine=Schedule(steps=20, lr=8e-4, weight_decay=1e-4),
+    polish=Schedule(steps=10, lr=6e-4, weight_decay=1e-4),
+    polish_batch=4,
     contrastive=Schedule(steps=20, lr=1e-3, weight_decay=0.05),
     contrastive_batch=32,
     sharpen=Schedule(steps=10, lr=5e-4, warmup=20, weight_decay=0.05),

@@ -53,7 +53,7 @@ def finish(out: Path, work: Path, recipe: Recipe, say: Say, hours: float) -> dic
     words, first, refined = _encoders(work, recipe)
     vae, encoder, clip = refined()
     unet = denoiser.train(work, recipe, words, first, lambda: (vae, encoder))
-    pipe = assemble.pipeline(vae, words, encoder, unet)
+    pipe = assemble.pipeline(autoencoder.polish(work, recipe, vae), words, encoder, unet)
     networks: dict[str, nn.Module] = {
         "oracle": judging.train_oracle(work, recipe),
         "gram": judging.train_gram(work, recipe),
@@ -125,8 +125,9 @@ def _make_denoiser(work: Path, recipe: Recipe) -> None:
 
 
 def _make_judges(work: Path, recipe: Recipe) -> None:
-    _encoders(work, recipe)[2]()
+    vae = _encoders(work, recipe)[2]()[0]
     (work / REFINED).touch()
+    autoencoder.polish(work, recipe, vae)
     judging.train_oracle(work, recipe)
     judging.train_gram(work, recipe)
     judging.train_embedder(work, recipe)
