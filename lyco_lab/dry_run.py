@@ -18,7 +18,7 @@ from lyco_lab.config import Data, Run, Study
 from lyco_lab.data import folder
 from lyco_lab.diffusion import targets
 from lyco_lab.errors import UserError
-from lyco_lab.generate import model_folder
+from lyco_lab.miniature import model_folder
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
 
@@ -59,7 +59,7 @@ def _plan(run: Run) -> Plan:
     parts = ["unet", "text_encoder"] if run.model.text_encoder else ["unet"]
     counts = {}
     for part in parts:
-        network = _network(model_folder(run), part)
+        network = _network(model_folder(run.model.path), part)
         names = targets.match(network, run.model.preset, part)
         counts[part] = survey(network, run.adapter_value(), names)
     return Plan(

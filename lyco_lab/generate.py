@@ -27,13 +27,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from lyco_lab import miniature, tracking
+from lyco_lab import tracking
 from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
-from lyco_lab.diffusion.model import Diffusion, load
+from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
+from lyco_lab.miniature import model_folder
 from lyco_lab.miniature.prompts import Prompt, prompts
 from lyco_lab.progress import track
 from lyco_lab.record import Record, atomic, locked
@@ -77,7 +78,9 @@ def generate(run: Run, record: Record) -> None:
             f"generate.types = {list(run.generate.types)} gives no prompt for run {run.name!r}: "
             "concepts of the category 'style' have none of the type 'style'"
         )
-    diffusion = load(model_folder(run)).to("cuda" if torch.cuda.is_available() else "cpu")
+    diffusion = load(model_folder(run.model.path)).to(
+        "cuda" if torch.cuda.is_available() else "cpu"
+    )
     base = base_folder(run, record)
     with locked(base):  # runs side by side ask for the same
         if not (base / TABLE).is_file():
@@ -226,7 +229,7 @@ def base_folder(run: Run, record: Record) -> Path:
     """
     name = run.data.concept or Path(str(run.data.folder)).name
     depends = {
-        "model": run.model.path,
+        "model": fingerprint(model_folder(run.model.path)),
         "concept": run.data.concept,
         "images": record.facts("data")["digest"],
         "generate": run.to_dict()["generate"],
@@ -236,15 +239,10 @@ def base_folder(run: Run, record: Record) -> Path:
     return record.path.parent / "base" / f"{name}-{digest}"
 
 
-def model_folder(run: Run) -> Path:
-    """The diffusers folder that `model.path` means."""
-    return miniature.path() if run.model.path == "miniature" else Path(run.model.path)
-
-
 def image_path(folder: Path, kind: str, index: int) -> Path:
     return folder / kind / f"{index:04d}.png"
 
 
 def write_image(path: Path, image_HWC: NDArray[np.uint8]) -> None:
-    with atomic(path) as temporary:
+    with atomic(path, durable=False) as temporary:
         Image.fromarray(image_HWC).save(temporary, format="PNG")

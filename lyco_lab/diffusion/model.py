@@ -8,6 +8,7 @@ Images cross this boundary as uint8 arrays of shape (N, height, width, 3); insid
 in [-1, 1]. The VAE stays in float32 whatever the rest is in: in half precision it overflows.
 """
 
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,26 @@ from torch import Generator, Tensor
 
 from lyco_lab.errors import UserError
 
+MEGABYTE = 2**20
 NEEDED = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
+
+
+def fingerprint(folder: Path) -> str:
+    """Eight hex digits that change with the model's weights.
+
+    Of each weight file: name, size, and the first and last megabyte. All of a full-size model
+    would take a minute to read, and another training moves these bytes too.
+    """
+    digest = hashlib.blake2b(digest_size=4)
+    for part in NEEDED:
+        for file in sorted((folder / part).glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(f"{part}/{file.name}:{size}".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(MEGABYTE))
+                opened.seek(max(0, size - MEGABYTE))
+                digest.update(opened.read())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

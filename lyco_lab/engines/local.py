@@ -37,6 +37,7 @@ from lyco_lab.generate import generate
 from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
 from lyco_lab.train import train
+from lyco_lab.train.stage import check_model
 
 Stage = Callable[[Run, Record], None]
 BY_NAME: dict[str, Stage] = dict(zip(STAGES, (prepare, train, generate, evaluate), strict=True))
@@ -66,14 +67,23 @@ class Clock:
 
 
 def suggested_workers(study: Study) -> int:
-    """One process per core for the embedded model, which gains nothing from more cores than one.
+    """One process per core for the embedded model.
 
     A full-size model takes all cores, or the GPU, and most of the memory for itself.
     """
-    small = all(run.model.path == "miniature" for run in study.runs)
-    if not small or torch.cuda.is_available():
+    if not embedded(study) or torch.cuda.is_available():
         return 1
     return max(1, min(os.cpu_count() or 1, len(study.runs)))
+
+
+def threads(study: Study, workers: int) -> int:
+    """Cores for each run. The embedded model gains nothing from a second one, and with one its
+    results do not depend on how many a machine has, since sums are split among threads."""
+    return 1 if embedded(study) else max(1, (os.cpu_count() or 1) // workers)
+
+
+def embedded(study: Study) -> bool:
+    return all(run.model.path == "miniature" for run in study.runs)
 
 
 def run_study(
@@ -84,6 +94,8 @@ def run_study(
 ) -> Outcome:
     """Whatever of the study is not done yet, below `root`; says each stage through `announce`."""
     records = {run.name: Record.open(root, run) for run in study.runs}
+    for run in study.runs:
+        check_model(run, records[run.name])
     waiting = {
         run.name: [stage for stage in STAGES if not records[run.name].done(stage)]
         for run in study.runs
@@ -92,9 +104,11 @@ def run_study(
     if left < total:
         announce(f"{total - left} of {total} stages are done already")
     runs = [run for run in study.runs if waiting[run.name]]
-    if workers > 1 and len(runs) > 1:
-        _side_by_side(runs, waiting, root, announce, min(workers, len(runs)))
+    workers = min(workers, max(1, len(runs)))
+    if workers > 1:
+        _side_by_side(runs, waiting, root, announce, workers, threads(study, workers))
     else:
+        torch.set_num_threads(threads(study, workers))
         _one_by_one(runs, waiting, records, announce)
     announce("comparing")
     return conclude(study, root)
@@ -124,11 +138,11 @@ def _side_by_side(
     root: Path,
     announce: Announce,
     workers: int,
+    threads: int,
 ) -> None:
     """A process per worker. Here only news is received and shown, in bars that come and go."""
     context = multiprocessing.get_context("spawn")
     news = context.SimpleQueue()
-    threads = max(1, (os.cpu_count() or 1) // workers)
     with ExitStack() as stack:
         pool = ProcessPoolExecutor(workers, context, _begin, (news, threads, os.getpid()))
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)

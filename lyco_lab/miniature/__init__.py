@@ -13,6 +13,11 @@ from lyco_lab.errors import UserError
 WEIGHTS = Path(__file__).parent / "weights"
 
 
+def model_folder(model: str) -> Path:
+    """The diffusers folder that a study's `model.path` means: "miniature" is this one."""
+    return path() if model == "miniature" else Path(model)
+
+
 def path() -> Path:
     """The folder for `StableDiffusionPipeline.from_pretrained`."""
     if not (WEIGHTS / "model_index.json").is_file():

@@ -203,9 +203,9 @@ def write(subject: Concept, folder: Path, seed: int = 0) -> None:
     for i, (scene, rng) in enumerate(scenes(subject, seed)):
         name = f"{i:04d}.png"
         text = subject.caption(scene)
-        with atomic(folder / name) as path:
+        with atomic(folder / name, durable=False) as path:
             Image.fromarray(render(scene, rng)).save(path, format="PNG")
-        with atomic(folder / f"{i:04d}.txt") as path:
+        with atomic(folder / f"{i:04d}.txt", durable=False) as path:
             path.write_text(text + "\n", encoding="utf-8")
         lines.append(
             {

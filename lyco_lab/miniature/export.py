@@ -36,9 +36,9 @@ def write(out: Path, count: int, seed: int = 0) -> None:
         rng = random.Random(f"world:{seed}:{i}")
         scene = sample(rng)
         text = caption(scene)
-        with atomic(world / f"{i:06d}.png") as path:
+        with atomic(world / f"{i:06d}.png", durable=False) as path:
             Image.fromarray(render(scene, rng)).save(path, format="PNG")
-        with atomic(world / f"{i:06d}.txt") as path:
+        with atomic(world / f"{i:06d}.txt", durable=False) as path:
             path.write_text(text + "\n", encoding="utf-8")
         lines.append({"file": f"{i:06d}.png", "caption": text, "attributes": scene.readable()})
     with atomic(world / "manifest.jsonl") as path:

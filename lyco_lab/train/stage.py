@@ -22,7 +22,6 @@ import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.plugins.environments import LightningEnvironment
 
-from lyco_lab import miniature
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.config import Run
 from lyco_lab.data import cache
@@ -30,8 +29,10 @@ from lyco_lab.data.batches import Batches, Order
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import targets
-from lyco_lab.diffusion.model import Diffusion, load
+from lyco_lab.diffusion.model import Diffusion, fingerprint, load
+from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
+from lyco_lab.miniature import model_folder
 from lyco_lab.progress import Bar
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
@@ -51,7 +52,7 @@ def train(run: Run, record: Record) -> None:
         return
     images = dataset(run, record)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    diffusion = load(model_folder(run), DTYPES[run.model.precision]).to(device)
+    diffusion = load(model_folder(run.model.path), DTYPES[run.model.precision]).to(device)
     mounted = mount(run, diffusion)
     module = Training(diffusion, mounted, run.train)
     folder = record.path / STAGE
@@ -66,6 +67,7 @@ def train(run: Run, record: Record) -> None:
         "layers": {part: len(m.layers) for part, m in mounted.items()},
         "dataset_digest": record.facts("data")["digest"],
         "device": device.type,
+        "model": fingerprint(model_folder(run.model.path)),
     }
     with (
         exact(None if state is None else state.threads) as threads,
@@ -171,9 +173,16 @@ def metadata(run: Run, images: Dataset) -> dict[str, str]:
     }
 
 
-def model_folder(run: Run) -> Path:
-    """The diffusers folder that `model.path` means."""
-    return miniature.path() if run.model.path == "miniature" else Path(run.model.path)
+def check_model(run: Run, record: Record) -> None:
+    """A run that was trained on other weights than the model's present ones is not this run."""
+    if not record.done(STAGE):
+        return
+    then, now = record.facts(STAGE)["model"], fingerprint(model_folder(run.model.path))
+    if then != now:
+        raise UserError(
+            f"{record.path} was trained on other weights of {run.model.path!r} (fingerprint "
+            f"{then}, now {now}): delete the folder to train again, or write elsewhere with --out"
+        )
 
 
 @contextmanager

@@ -1,0 +1,108 @@
+"""Runs side by side, killed and begun again: the same bytes as one after another."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from lyco_lab.config import load_study
+from lyco_lab.engines import local
+from lyco_lab.errors import UserError
+from lyco_lab.record import Record, locked
+
+STUDY = """
+question: Is it the same?
+expectation: It is.
+base: {base}
+set:
+  train: {{steps: 12, checkpoint_every: 4, lr: 1e-2, warmup_steps: 2}}
+  generate: {{types: [trigger], images_per_type: 2, steps: 2, batch_size: 2}}
+  wandb: {{mode: {wandb}}}
+runs:
+  - name: lora
+    set: {{data.concept: falls, adapter: {{kind: lora, rank: 2}}}}
+  - name: lokr
+    set: {{data.concept: falls, adapter: {{kind: lokr}}}}
+  - name: native
+    set: {{data.concept: robo, adapter: {{kind: native}}}}
+"""
+
+
+@pytest.fixture
+def study(tmp_path, pytestconfig):
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    base = pytestconfig.rootpath / "experiments" / "base.yaml"
+    (folder / "study.yaml").write_text(STUDY.format(base=base, wandb="disabled"))
+    return folder
+
+
+def adapters(root):
+    return {p.parent.name: p.read_bytes() for p in sorted(root.glob("*/adapter.safetensors"))}
+
+
+def command(study, root, workers):
+    return [
+        sys.executable, "-m", "lyco_lab", "run", str(study), "--out", str(root),
+        "--workers", str(workers),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_side_by_side_and_killed_at_random_moments_ends_with_the_same_bytes(study, tmp_path):
+    one_by_one = tmp_path / "one-by-one"
+    began = time.monotonic()
+    subprocess.run(
+        command(study, one_by_one, 1), check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    lasts = time.monotonic() - began
+    expected = adapters(one_by_one)
+    assert len(expected) == 3
+    rng = random.Random(0)
+    killed = tmp_path / "killed"
+    for _ in range(5):
+        process = subprocess.Popen(command(study, killed, 2), stdout=subprocess.DEVNULL)
+        time.sleep(rng.uniform(0.2, 0.9) * lasts)
+        process.send_signal(signal.SIGKILL)  # its workers have to notice by themselves
+        process.wait()
+    last = subprocess.run(command(study, killed, 2), capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert adapters(killed) == expected
+    assert (killed / "twice" / "report.html").is_file()
+    assert not list(killed.rglob(".part-*"))
+
+
+def test_a_folder_in_work_is_waited_for(tmp_path):
+    order = []
+
+    def work():
+        with locked(tmp_path / "run"):
+            order.append("second")
+
+    with locked(tmp_path / "run"):
+        second = threading.Thread(target=work)
+        second.start()
+        time.sleep(0.2)
+        order.append("first")
+    second.join()
+    assert order == ["first", "second"]
+
+
+def test_a_run_trained_on_other_weights_is_refused(study, tmp_path):
+    loaded = load_study(study)
+    record = Record.open(tmp_path / "runs", loaded.runs[0])
+    record.finish("train", model="0badcafe")
+    with pytest.raises(UserError, match="other weights of 'miniature'.*0badcafe.*--out"):
+        local.run_study(loaded, tmp_path / "runs")
+
+
+def test_workers_suggested(study):
+    loaded = load_study(study)
+    assert local.suggested_workers(loaded) == min(os.cpu_count(), 3)
+    elsewhere = load_study(study, ["model.path=/models/sd15"])
+    assert local.suggested_workers(elsewhere) == 1
