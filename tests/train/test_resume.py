@@ -1,5 +1,6 @@
 """A run that was killed, stopped or damaged, and run again, ends as if nothing had happened."""
 
+import errno
 import os
 import random
 import signal
@@ -11,7 +12,7 @@ import traceback
 import pytest
 import torch
 
-from lyco_lab.errors import Interrupted
+from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
 from lyco_lab.train import train
 from lyco_lab.train.callbacks import Rows
@@ -233,6 +234,21 @@ def test_killed_after_the_last_step_only_the_export_is_left(begin, trained, resu
         with pytest.raises(RuntimeError, match="killed"):
             train(run, record)
     monkeypatch.setattr("lyco_lab.train.stage.fit", killed)
+    train(run, record)
+    assert results(record) == results(straight)
+
+
+def test_a_full_disk_stops_the_run_until_there_is_room(begin, trained, results, monkeypatch):
+    _, straight = trained("straight")
+    run, record = begin("full")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lyco_lab.train.checkpoint.torch.save", full)
+        with pytest.raises(UserError, match="no space left to write in .*checkpoints"):
+            train(run, record)
     train(run, record)
     assert results(record) == results(straight)
 
