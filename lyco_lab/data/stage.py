@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset, read, read_image
+from lyco_lab.diffusion.model import fingerprint
 from lyco_lab.errors import UserError
-from lyco_lab.miniature import concepts
+from lyco_lab.miniature import concepts, model_folder
 from lyco_lab.record import Record
 
 STAGE = "data"
@@ -29,7 +30,20 @@ def prepare(run: Run, record: Record) -> None:
         digest=found.digest(),
         images=len(found.items),
         samples_per_epoch=found.samples_per_epoch,
+        model=fingerprint(model_folder(run.model.path)),
     )
+
+
+def check_model(run: Run, record: Record) -> None:
+    """A run that began on other weights than the model's present ones is not this run."""
+    if not record.done(STAGE):
+        return
+    then, now = record.facts(STAGE)["model"], fingerprint(model_folder(run.model.path))
+    if then != now:
+        raise UserError(
+            f"{record.path} began on other weights of {run.model.path!r} (fingerprint "
+            f"{then}, now {now}): delete the folder to train again, or write elsewhere with --out"
+        )
 
 
 def dataset(run: Run, record: Record) -> Dataset:

@@ -30,14 +30,13 @@ from lyco_lab import progress
 from lyco_lab.analyse import analyse
 from lyco_lab.analyse.gamma_pair import Verdict
 from lyco_lab.config import Run, Study
-from lyco_lab.data.stage import prepare
+from lyco_lab.data.stage import check_model, prepare
 from lyco_lab.errors import Interrupted
 from lyco_lab.evaluate.stage import evaluate
 from lyco_lab.generate import generate
 from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
 from lyco_lab.train import train
-from lyco_lab.train.stage import check_model
 
 Stage = Callable[[Run, Record], None]
 BY_NAME: dict[str, Stage] = dict(zip(STAGES, (prepare, train, generate, evaluate), strict=True))

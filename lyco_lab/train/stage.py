@@ -29,8 +29,7 @@ from lyco_lab.data.batches import Batches, Order
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import targets
-from lyco_lab.diffusion.model import Diffusion, fingerprint, load
-from lyco_lab.errors import UserError
+from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.formats import kohya
 from lyco_lab.miniature import model_folder
 from lyco_lab.progress import Bar
@@ -67,7 +66,6 @@ def train(run: Run, record: Record) -> None:
         "layers": {part: len(m.layers) for part, m in mounted.items()},
         "dataset_digest": record.facts("data")["digest"],
         "device": device.type,
-        "model": fingerprint(model_folder(run.model.path)),
     }
     with (
         exact(None if state is None else state.threads) as threads,
@@ -171,18 +169,6 @@ def metadata(run: Run, images: Dataset) -> dict[str, str]:
         "modelspec.trigger_phrase": f"{images.trigger} {images.class_word}".strip(),
         "lyco_lab.run": json.dumps({"hash": run.hash, "train": run.to_dict()["train"]}),
     }
-
-
-def check_model(run: Run, record: Record) -> None:
-    """A run that was trained on other weights than the model's present ones is not this run."""
-    if not record.done(STAGE):
-        return
-    then, now = record.facts(STAGE)["model"], fingerprint(model_folder(run.model.path))
-    if then != now:
-        raise UserError(
-            f"{record.path} was trained on other weights of {run.model.path!r} (fingerprint "
-            f"{then}, now {now}): delete the folder to train again, or write elsewhere with --out"
-        )
 
 
 @contextmanager
