@@ -168,7 +168,6 @@ def make(
         runs=tuple(runs(concepts, "demo", images_per_type)),
         pairs=((f"lora-gamma-{concepts[0]}", f"lora-rewritten-{concepts[0]}"),),
     )
-    monkeypatch.setattr(generate_module, "model_folder", lambda model: Path())
     monkeypatch.setattr(evaluate_module.miniature_judges, "load", lambda: KnowingJudges(truths))
     for run in study.runs:
         record = Record.open(root, run)
