@@ -78,6 +78,7 @@ def write(folder: Path, found: dict[str, object], recipe: Recipe, hours: float) 
             ("CLIP pair", recipe.contrastive_batch, recipe.contrastive),
             ("the same, sharpened", recipe.sharpen_batch, recipe.sharpen),
             ("denoiser", recipe.denoiser_batch, recipe.denoiser),
+            ("its details", recipe.denoiser_batch, recipe.detail),
             ("oracle", recipe.oracle_batch, recipe.oracle),
             ("Gram encoder", recipe.eye_batch, recipe.gram),
             ("embedder", recipe.eye_batch, recipe.embedder),

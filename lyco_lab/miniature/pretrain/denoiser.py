@@ -2,7 +2,7 @@
 
     z_t = sqrt(a_t) z + sqrt(1 - a_t) n,     loss = w_t |unet(z_t, t, caption) - n|^2
 
-with Stable Diffusion 1's noise schedule. Three phases weigh the timesteps differently:
+with Stable Diffusion 1's noise schedule. Four phases weigh the timesteps differently:
 
     colour       Min-SNR, w_t = min(SNR_t, 5) / SNR_t, t uniform (Hang et al. 2023,
                  https://arxiv.org/abs/2303.09556)
@@ -10,6 +10,7 @@ with Stable Diffusion 1's noise schedule. Three phases weigh the timesteps diffe
                  https://arxiv.org/abs/2310.08442)
     place        the same, but a quarter of each batch has t in 850 ... 999 and w_t = 1 / SNR_t,
                  which is the squared error of the latent itself
+    detail       Min-SNR again, at a lower rate
 
 Where the subject stands is decided in the noisiest tenth of the timesteps alone: in less noise a
 latent of 16 x 16 shows it, whatever the caption says. The usual weights hardly count these: after
@@ -18,9 +19,12 @@ latent of 16 x 16 shows it, whatever the caption says. The usual weights hardly 
 One caption in ten is empty, for classifier-free guidance.
 """
 
+import contextlib
+import copy
+import dataclasses
 import functools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +35,7 @@ from torch import Generator, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from lyco_lab.miniature.pretrain import material, text
-from lyco_lab.miniature.pretrain.fit import fit
+from lyco_lab.miniature.pretrain.fit import Loss, fit
 from lyco_lab.miniature.pretrain.recipe import Recipe
 from lyco_lab.miniature.vocabulary import varied_caption
 from lyco_lab.record import atomic
@@ -55,6 +59,10 @@ def scheduler() -> DDIMScheduler:
         steps_offset=1,
         prediction_type="epsilon",
     )
+
+
+KEPT = scheduler().alphas_cumprod  # a_t: how much of the latent is left at each timestep
+SNR = KEPT / (1 - KEPT)
 
 
 def build() -> UNet2DConditionModel:
@@ -102,6 +110,72 @@ def train(
 
     It begins before these are done; `recipe.refined_from` is the step from which it has them.
     """
+    torch.manual_seed(recipe.seed + 5)
+    unet = build()
+
+    def weighted(step: int, g: Generator) -> tuple[Tensor, Tensor]:
+        """(B,) timesteps and the weights of their losses."""
+        if step < recipe.color_steps:
+            return min_snr(recipe, g)
+        t = (torch.rand(recipe.denoiser_batch, generator=g).sqrt() * len(KEPT)).long()
+        weight = SNR.rsqrt()[t]
+        if step >= recipe.place_from:
+            few = recipe.denoiser_batch // 4
+            t[:few] = torch.randint(NOISIEST, len(KEPT), (few,), generator=g)
+            weight[:few] = 1 / SNR[t[:few]]
+        return t, weight
+
+    loss = _loss("denoiser", work, recipe, words, first, refined, unet, weighted)
+    with attention_spelled_out(unet):
+        fit("denoiser", work, unet, loss, recipe.denoiser, ema=0.999, save_every=500)
+    return unet
+
+
+def train_detail(
+    work: Path,
+    recipe: Recipe,
+    words: CLIPTokenizer,
+    reader: Reader,
+    trained: UNet2DConditionModel,
+) -> UNet2DConditionModel:
+    """A copy of `trained`, led back to where patterns and faces are decided."""
+    unet = copy.deepcopy(trained)
+    detailed = dataclasses.replace(recipe, refined_from=0)
+
+    def weighted(step: int, g: Generator) -> tuple[Tensor, Tensor]:
+        return min_snr(recipe, g)
+
+    loss = _loss("detail", work, detailed, words, reader, lambda: reader, unet, weighted)
+    with attention_spelled_out(unet):
+        fit("detail", work, unet, loss, recipe.detail, ema=0.998, save_every=500)
+    return unet
+
+
+def min_snr(recipe: Recipe, g: Generator) -> tuple[Tensor, Tensor]:
+    t = torch.randint(len(KEPT), (recipe.denoiser_batch,), generator=g)
+    return t, (SNR.clamp(max=SNR_LIMIT) / SNR)[t]
+
+
+@contextlib.contextmanager
+def attention_spelled_out(unet: UNet2DConditionModel) -> Iterator[None]:
+    """Without the fused attention kernel, which is slow for heads this small."""
+    unet.set_attn_processor(AttnProcessor())
+    yield
+    unet.set_default_attn_processor()
+
+
+def _loss(
+    part: str,
+    work: Path,
+    recipe: Recipe,
+    words: CLIPTokenizer,
+    first: Reader,
+    refined: Callable[[], Reader],
+    unet: UNet2DConditionModel,
+    weighted: Callable[[int, Generator], tuple[Tensor, Tensor]],
+) -> Loss:
+    scenes = material.training(work, recipe).scenes
+    batch = recipe.denoiser_batch
 
     @functools.cache
     def reader(late: bool) -> tuple[Tensor, Tensor, float, CLIPTextModel]:
@@ -109,30 +183,9 @@ def train(
         moments = encode(work, recipe, vae, ("first", "refined")[late])
         return *moments, vae.config.scaling_factor, text_encoder
 
-    scenes = material.training(work, recipe).scenes
-    kept = scheduler().alphas_cumprod
-    snr = kept / (1 - kept)
-    batch = recipe.denoiser_batch
-    torch.manual_seed(recipe.seed + 5)
-    unet = build()
-    unet.set_attn_processor(AttnProcessor())  # the fused kernel is slow for heads this small
-
-    def timesteps(step: int, g: Generator) -> tuple[Tensor, Tensor]:
-        """(B,) timesteps and the weights of their losses."""
-        if step < recipe.color_steps:
-            t = torch.randint(len(kept), (batch,), generator=g)
-            return t, (snr.clamp(max=SNR_LIMIT) / snr)[t]
-        t = (torch.rand(batch, generator=g).sqrt() * len(kept)).long()
-        weight = snr.rsqrt()[t]
-        if step >= recipe.place_from:
-            few = batch // 4
-            t[:few] = torch.randint(NOISIEST, len(kept), (few,), generator=g)
-            weight[:few] = 1 / snr[t[:few]]
-        return t, weight
-
     def loss(step: int) -> Tensor:
-        g = generator(recipe.seed, "denoiser", step)
-        rng = random.Random(derive(recipe.seed, "denoiser-captions", step))
+        g = generator(recipe.seed, part, step)
+        rng = random.Random(derive(recipe.seed, f"{part}-captions", step))
         picked = torch.randint(len(scenes), (batch,), generator=g)
         mean, deviation, scale, text_encoder = reader(step >= recipe.refined_from)
         mu, sigma = mean[picked].float(), deviation[picked].float()
@@ -142,8 +195,8 @@ def train(
             for i in picked.tolist()
         ]
         noise = torch.randn(z.shape, generator=g)
-        t, weight = timesteps(step, g)
-        a = kept[t].view(-1, 1, 1, 1)
+        t, weight = weighted(step, g)
+        a = KEPT[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
@@ -152,6 +205,4 @@ def train(
         squared = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
         return (weight * squared).mean()
 
-    fit("denoiser", work, unet, loss, recipe.denoiser, ema=0.999, save_every=500)
-    unet.set_default_attn_processor()
-    return unet
+    return loss

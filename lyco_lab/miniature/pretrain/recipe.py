@@ -29,6 +29,7 @@ class Recipe:
     eye_batch: int  # of both
     denoiser: Schedule
     denoiser_batch: int
+    detail: Schedule  # of the denoiser's last phase
     color_steps: int  # of the denoiser, before its loss turns to composition
     place_from: int  # ... and then to place
     refined_from: int  # ... and has the refined latents and the sharpened captions
@@ -56,6 +57,7 @@ FULL = Recipe(
     eye_batch=96,
     denoiser=Schedule(steps=15_500, lr=1.5e-3, warmup=200, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=32,
+    detail=Schedule(steps=1_500, lr=5e-4, warmup=50, betas=(0.9, 0.99)),
     color_steps=5_000,
     place_from=7_500,
     refined_from=9_500,
@@ -82,6 +84,7 @@ QUICK = Recipe(
     eye_batch=32,
     denoiser=Schedule(steps=30, lr=1.5e-3, warmup=10, decay_from=0.5, betas=(0.9, 0.99)),
     denoiser_batch=16,
+    detail=Schedule(steps=10, lr=5e-4, warmup=5, betas=(0.9, 0.99)),
     color_steps=15,
     place_from=20,
     refined_from=20,

@@ -53,6 +53,7 @@ def finish(out: Path, work: Path, recipe: Recipe, say: Say, hours: float) -> dic
     words, first, refined = _encoders(work, recipe)
     vae, encoder, clip = refined()
     unet = denoiser.train(work, recipe, words, first, lambda: (vae, encoder))
+    unet = denoiser.train_detail(work, recipe, words, (vae, encoder), unet)
     pipe = assemble.pipeline(autoencoder.polish(work, recipe, vae), words, encoder, unet)
     networks: dict[str, nn.Module] = {
         "oracle": judging.train_oracle(work, recipe),
@@ -121,7 +122,8 @@ def _make_denoiser(work: Path, recipe: Recipe) -> None:
             time.sleep(1)
         return refined()[:2]
 
-    denoiser.train(work, recipe, words, first, wait)
+    unet = denoiser.train(work, recipe, words, first, wait)
+    denoiser.train_detail(work, recipe, words, wait(), unet)
 
 
 def _make_judges(work: Path, recipe: Recipe) -> None:
