@@ -62,7 +62,7 @@ def _losses(ax: Axes, rows: pd.DataFrame) -> None:
     )
     ax.plot(rows["step"], rows["loss_rewritten"], color=WITHOUT, linewidth=0.7)
     ax.set_ylabel("Loss")
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.3 * rows[["loss_gamma", "loss_rewritten"]].max().max())  # for the labels
     ax.tick_params(labelbottom=False)
     ax.text(
         1, 1, r"wide: with $\gamma$", color="#2b86b8", transform=ax.transAxes, ha="right", va="top"
