@@ -5,12 +5,13 @@ blind: the mean over channels dominates, and hue is learnt last.
 """
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from lyco_lab.miniature.pretrain import material
 from lyco_lab.miniature.pretrain.fit import fit
@@ -53,18 +54,30 @@ def _sharp(error: Tensor, y: Tensor, x: Tensor) -> Tensor:
     return error.abs().mean() + 0.3 * sum((a - b).abs().mean() for a, b in slopes)
 
 
-def train(work: Path, recipe: Recipe) -> AutoencoderKL:
-    """Trained on base and concept pictures alike: Stable Diffusion's autoencoder is generic too."""
+def _pictures(
+    work: Path, recipe: Recipe, part: str, batch: int
+) -> Callable[[int], tuple[Tensor, Generator]]:
+    """What a step sees, every fifth time of concepts; and the step's generator, to draw on."""
     base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
-    torch.manual_seed(recipe.seed)  # the layers' own initialisation has no other source
-    vae = build()
-    schedule, batch = recipe.autoencoder, recipe.autoencoder_batch
 
-    def loss(step: int) -> Tensor:
-        g = generator(recipe.seed, "autoencoder", step)
+    def seen(step: int) -> tuple[Tensor, Generator]:
+        g = generator(recipe.seed, part, step)
         pool = concepts if step % 5 == 0 else base
         picked = torch.randint(len(pool), (batch,), generator=g).tolist()
-        x = material.to_tensor(pool.pixels[picked])
+        return material.to_tensor(pool.pixels[picked]), g
+
+    return seen
+
+
+def train(work: Path, recipe: Recipe) -> AutoencoderKL:
+    """Trained on base and concept pictures alike: Stable Diffusion's autoencoder is generic too."""
+    seen = _pictures(work, recipe, "autoencoder", recipe.autoencoder_batch)
+    torch.manual_seed(recipe.seed)  # the layers' own initialisation has no other source
+    vae = build()
+    schedule = recipe.autoencoder
+
+    def loss(step: int) -> Tensor:
+        x, g = seen(step)
         with torch.autocast("cpu", torch.bfloat16):
             moments = vae.encode(x).latent_dist
             mean, logvar = moments.mean.float(), moments.logvar.float()
@@ -85,15 +98,12 @@ def refine(work: Path, recipe: Recipe, first: AutoencoderKL) -> AutoencoderKL:
     It goes on beside the denoiser's training, which began on the first latents and ends on these:
     what moves is a tenth of their deviation, in which the finer detail is written.
     """
-    base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
+    seen = _pictures(work, recipe, "refine", recipe.autoencoder_batch)
     vae = copy.deepcopy(first)
-    scale, batch = vae.config.scaling_factor, recipe.autoencoder_batch
+    scale = vae.config.scaling_factor
 
     def loss(step: int) -> Tensor:
-        g = generator(recipe.seed, "refine", step)
-        pool = concepts if step % 5 == 0 else base
-        picked = torch.randint(len(pool), (batch,), generator=g).tolist()
-        x = material.to_tensor(pool.pixels[picked])
+        x, g = seen(step)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 before = first.encode(x).latent_dist
@@ -113,15 +123,12 @@ def refine(work: Path, recipe: Recipe, first: AutoencoderKL) -> AutoencoderKL:
 
 def polish(work: Path, recipe: Recipe, refined: AutoencoderKL) -> AutoencoderKL:
     """A copy of `refined` whose decoder was trained on: no latent moves, so nothing else has to."""
-    base, concepts = material.training(work, recipe), material.concept_training(work, recipe)
+    seen = _pictures(work, recipe, "polish", recipe.polish_batch)
     vae = copy.deepcopy(refined)
-    decoder, batch = nn.ModuleList([vae.post_quant_conv, vae.decoder]), recipe.polish_batch
+    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
 
     def loss(step: int) -> Tensor:
-        g = generator(recipe.seed, "polish", step)
-        pool = concepts if step % 5 == 0 else base
-        picked = torch.randint(len(pool), (batch,), generator=g).tolist()
-        x = material.to_tensor(pool.pixels[picked])
+        x, g = seen(step)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 mean = vae.encode(x).latent_dist.mean
