@@ -5,15 +5,14 @@ OUT/concepts/NAME/ the training folder of each held-out concept
 """
 
 import json
-import random
 from pathlib import Path
 
 from PIL import Image
 
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import concepts
-from lyco_lab.miniature.vocabulary import caption, sample
-from lyco_lab.miniature.world import render
+from lyco_lab.miniature.vocabulary import caption
+from lyco_lab.miniature.world import drawn
 from lyco_lab.progress import track
 from lyco_lab.record import atomic, writing
 
@@ -32,12 +31,12 @@ def write(out: Path, count: int, seed: int = 0) -> None:
     with writing(world):
         world.mkdir(parents=True, exist_ok=True)
     lines = []
+    pictures = drawn(count, seed)
     for i in track(range(count), "world"):
-        rng = random.Random(f"world:{seed}:{i}")
-        scene = sample(rng)
+        scene, pixels = next(pictures)
         text = caption(scene)
         with atomic(world / f"{i:06d}.png", durable=False) as path:
-            Image.fromarray(render(scene, rng)).save(path, format="PNG")
+            Image.fromarray(pixels).save(path, format="PNG")
         with atomic(world / f"{i:06d}.txt", durable=False) as path:
             path.write_text(text + "\n", encoding="utf-8")
         lines.append({"file": f"{i:06d}.png", "caption": text, "attributes": scene.readable()})

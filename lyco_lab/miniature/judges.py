@@ -5,6 +5,7 @@ Pictures come in as (N, H, W, 3) uint8 and are brought to 64 x 64 first.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from lyco_lab.miniature import path as shipped
 from lyco_lab.miniature.networks import VOCABULARY, Embedder, Gram, Oracle
 
 Images = NDArray[np.uint8]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def to_input(images: Images) -> Tensor:
@@ -78,7 +80,7 @@ def load(folder: Path | None = None) -> Judges:
     if not (folder / "oracle.safetensors").is_file():
         raise UserError(f"{folder} holds no judges: expected oracle.safetensors there")
 
-    def network(kind: type[nn.Module], name: str) -> nn.Module:
+    def network(kind: type[Network], name: str) -> Network:
         net = kind()
         net.load_state_dict(load_file(folder / f"{name}.safetensors"))
         return net.float().eval().requires_grad_(False)
@@ -88,7 +90,7 @@ def load(folder: Path | None = None) -> Judges:
     return Judges(
         tokenizer=tokenizer,
         clip=clip.eval().requires_grad_(False),
-        embedder=network(Embedder, "embedder"),  # type: ignore[arg-type]
-        gram=network(Gram, "gram"),  # type: ignore[arg-type]
-        oracle=network(Oracle, "oracle"),  # type: ignore[arg-type]
+        embedder=network(Embedder, "embedder"),
+        gram=network(Gram, "gram"),
+        oracle=network(Oracle, "oracle"),
     )

@@ -4,7 +4,7 @@ The world is deterministic: the same seed gives the same scenes, captions and pi
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,14 +44,18 @@ class Pictures:
         return len(self.scenes)
 
 
-def pictures(count: int, seed: int, kind: str | None = None) -> Pictures:
-    """`count` pictures of the pretraining world; picture i depends on (seed, i) alone."""
-    scenes, pixels = [], np.empty((count, 64, 64, 3), np.uint8)
+def drawn(count: int, seed: int) -> Iterator[tuple[Scene, Pixels]]:
+    """`count` scenes of the pretraining world; number i depends on (seed, i) alone."""
     for i in range(count):
         rng = random.Random(f"world:{seed}:{i}")
-        scenes.append(sample(rng, kind))
-        pixels[i] = render(scenes[-1], rng)
-    return Pictures(tuple(scenes), pixels)
+        scene = sample(rng)
+        yield scene, render(scene, rng)
+
+
+def pictures(count: int, seed: int) -> Pictures:
+    """The same, all at once."""
+    scenes, pixels = zip(*drawn(count, seed), strict=True)
+    return Pictures(scenes, np.stack(pixels))
 
 
 def contact_sheet(rows: Sequence[Sequence[Pixels]], scale: int = 2, gap: int = 2) -> Image.Image:

@@ -181,7 +181,7 @@ def _loss(
     """Half of each batch shows the `favoured` kind, if one is named."""
     scenes = material.training(work, recipe).scenes
     batch = recipe.denoiser_batch
-    kind = [i for i, scene in enumerate(scenes) if scene["kind"] == favoured]
+    shown = torch.tensor([i for i, s in enumerate(scenes) if s["kind"] == favoured]).long()
 
     @functools.cache
     def reader(late: bool) -> tuple[Tensor, Tensor, float, CLIPTextModel]:
@@ -194,8 +194,8 @@ def _loss(
         rng = random.Random(derive(recipe.seed, f"{part}-captions", step))
         picked = torch.randint(len(scenes), (batch,), generator=g)
         if favoured:
-            chosen = torch.randint(len(kind), (batch // 2,), generator=g)
-            picked[: batch // 2] = torch.tensor(kind)[chosen]
+            chosen = torch.randint(len(shown), (batch // 2,), generator=g)
+            picked[: batch // 2] = shown[chosen]
         mean, deviation, scale, text_encoder = reader(step >= recipe.refined_from)
         mu, sigma = mean[picked].float(), deviation[picked].float()
         z = (mu + sigma * torch.randn(mu.shape, generator=g)) * scale

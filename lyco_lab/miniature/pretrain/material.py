@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lyco_lab.miniature.concepts import CONCEPTS
+from lyco_lab.miniature.judges import to_input
 from lyco_lab.miniature.pretrain.recipe import Recipe
 from lyco_lab.miniature.styles import Pixels
 from lyco_lab.miniature.vocabulary import BASE, Scene, sample
@@ -15,7 +16,7 @@ from lyco_lab.miniature.world import Pictures, render
 from lyco_lab.record import atomic
 
 # Apart from each other: no picture that a model is judged on was drawn for training.
-TRAINING, VALIDATION, CONCEPT, CONCEPT_VALIDATION = 1, 2, 3, 4
+TRAINING, VALIDATION, CONCEPT = 1, 2, 3
 
 
 def base_scene(seed: int, part: int, i: int) -> tuple[Scene, random.Random]:
@@ -33,7 +34,7 @@ def concept_scene(seed: int, part: int, i: int) -> tuple[Scene, random.Random]:
 
 def pictures(work: Path, seed: int, part: int, count: int) -> Pictures:
     """The first `count` pictures of a part, from `work/pictures-PART.npy` where it is there."""
-    draw = concept_scene if part in (CONCEPT, CONCEPT_VALIDATION) else base_scene
+    draw = concept_scene if part == CONCEPT else base_scene
     path = work / f"pictures-{part}-{count}.npy"
     if not path.exists():
         drawn = np.empty((count, 64, 64, 3), np.uint8)
@@ -57,13 +58,9 @@ def concept_training(work: Path, recipe: Recipe) -> Pictures:
     return pictures(work, recipe.seed, CONCEPT, recipe.concept_pictures)
 
 
-def concept_validation(work: Path, recipe: Recipe) -> Pictures:
-    return pictures(work, recipe.seed, CONCEPT_VALIDATION, max(48, recipe.validation // 4))
-
-
 def to_tensor(pixels: Pixels) -> Tensor:
-    """(N, 64, 64, 3) uint8 to (N, 3, 64, 64) float in [-1, 1]."""
-    return torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """What the judges see, of pictures that may be a read-only part of a file."""
+    return to_input(np.array(pixels))
 
 
 def to_pixels(images: Tensor) -> Pixels:
