@@ -18,7 +18,11 @@ ORDER = (
     "report", "dry_run", "engines", "cli", "__main__",
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
-SHARED = {"adapters": {"base", "mount", "plan"}, "evaluate": {"base", "stage"}, "engines": set()}
+SHARED = {
+    "adapters": {"base", "geometry", "plan", "lowrank", "options", "layers", "mount"},
+    "evaluate": {"base", "stage"},
+    "engines": set(),
+}
 
 
 def imported(path: Path, package: str) -> Iterator[str]:

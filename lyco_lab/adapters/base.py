@@ -5,8 +5,9 @@
 An adapter is a value. Its fields are its hyperparameters, so the same class serves as the
 study's configuration, the run's label and the object the maths is written on. It holds no
 tensors: the trainable factors are passed in, which keeps its methods pure and lets theory/ and
-tests/ call them directly. Everything that touches a layer (freezing, precision, merging) lives
-once, in mount.py and plan.py.
+tests/ call them directly. `delta` is the definition, the one source of W' - W: merging, saving,
+norms and every faster way to compute a layer are tested against it. Everything that touches a
+layer (freezing, precision, strength, dropouts, merging) lives once, in mount.py and plan.py.
 
 Most adapters add:
 
@@ -14,19 +15,23 @@ Most adapters add:
 
 and m, the degree of homogeneity, is what the theorem on gamma asks of them.
 
-Shapes: a weight is (P, Q, *kernel), P outputs and Q inputs, kernel empty for a linear layer.
+Shapes: a weight is (P, Q, *kernel), P outputs and Q inputs, kernel empty for a linear layer. Of a
+grouped convolution Q is the inputs of one group. The weight of a norm layer has its own shape.
 """
 
 import abc
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, NoReturn, final
 
 import torch
 from torch import Generator, Tensor
 
 from lyco_lab.errors import UserError
+
+if TYPE_CHECKING:
+    from lyco_lab.adapters.plan import Kernel
 
 Factors = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -40,17 +45,42 @@ class Adapter(abc.ABC):
     file_algo: ClassVar[str]
     file_names: ClassVar[Mapping[str, str]]
 
+    # What it can be put on: "matrix" (linear layers, convolutions, embeddings, projections of
+    # attention) or "norm" (layers whose weight multiplies a normalised input entry by entry).
+    takes: ClassVar[str] = "matrix"
+
+    # Factors, any of which may be absent, that together scale the change: strength, `use_scalar`
+    # and max-norm multiply them. Where that does not turn W' into W + s * (W' - W), as for a
+    # rotation, the adapter's own file says what a strength between 0 and 1 then means. Empty:
+    # no factor does, and the strength multiplies W' - W itself.
+    scaling: ClassVar[tuple[str, ...]] = ()
+
+    # factor -> the axis along which it holds the terms whose sum is T: what rank dropout drops.
+    components: ClassVar[Mapping[str, int]] = {}
+
+    # Factors that are part of the rule but do not train.
+    untrained: ClassVar[frozenset[str]] = frozenset()
+
+    # Whether `change` reads entries of W: False means that it only multiplies by W, through the
+    # layer, and so works on a quantised one.
+    reads_weight: ClassVar[bool] = True
+
+    # Whether W' - W depends on W at all.
+    uses_base: ClassVar[bool] = True
+
+    # Claim: what W' keeps of W. "singular values" is checked by the contract.
+    preserves: ClassVar[frozenset[str]] = frozenset()
+
+    # Where `degree` is None: why.
+    no_degree: ClassVar[str] = ""
+
     @abc.abstractmethod
     def init(self, weight: Tensor, rng: Generator) -> Factors:
         """Factors at which the adapted weight equals `weight`."""
 
     @abc.abstractmethod
-    def adapted(self, weight: Tensor, factors: Factors) -> Tensor:
-        """The adapted weight W', with the shape of `weight`."""
-
-    @abc.abstractmethod
     def delta(self, weight: Tensor, factors: Factors) -> Tensor:
-        """W' - W, without the rounding of a sum with W."""
+        """W' - W, without the rounding of a sum with W. The definition."""
 
     @abc.abstractmethod
     def num_params(self, shape: Shape) -> int:
@@ -61,17 +91,71 @@ class Adapter(abc.ABC):
         """Claim: the largest rank the unrolled W' - W can have, which generic factors reach."""
 
     @abc.abstractmethod
+    def degree(self, shape: Shape) -> int | None:
+        """Claim: m, with W' - W of degree m in the factors; None where there is no such m."""
+
+    @abc.abstractmethod
     def file_alpha(self, shape: Shape) -> float | None:
         """The `alpha` that a file carries for such a layer; None where the layout has none."""
+
+    @property
+    def inner(self) -> "Adapter":
+        """The rule whose factors `use_scalar` and the dropouts act on: this, unless it wraps one."""
+        return self
+
+    def adapted(self, weight: Tensor, factors: Factors) -> Tensor:
+        """The adapted weight W', with the shape of `weight`."""
+        return weight + self.delta(weight, factors)
+
+    def change(self, layer: "Layer", x: Tensor, factors: Factors) -> Tensor:
+        """(W' - W) x, for what kernels cannot do: half precision, dropout, several adapters.
+
+        Differentiable, by operations of `layer` alone; factors are in float32 or float64 whatever
+        x is in, and no tensor of W's size may stay alive for the backward pass. The default forms
+        W' - W there and back; override it where the change can be had from x without that.
+        """
+        return layer.formed(x, lambda given: self.delta(layer.weight(), given), factors)
+
+    def kernel(self, shape: Shape) -> "Kernel | None":
+        """Faster exact products than forming W' by `adapted`; None where none are known."""
+        return None
+
+    def mask(self, uniforms: Callable[[int], Tensor], size: int) -> Tensor | None:
+        """What multiplies the `size` components at a step of training; None: nothing.
+
+        `uniforms(n)` gives n numbers in [0, 1) that are new at every step.
+        """
+        return None
+
+    def trains_bias(self) -> bool:
+        """Whether an offset of the layer's bias is trained as well."""
+        return False
+
+    def needs_timestep(self) -> bool:
+        """Whether the change depends on the diffusion timestep at which the model is called."""
+        return False
+
+    def gate(self, timesteps: Tensor, factors: Factors) -> Tensor:
+        """A row per timestep of what multiplies the components then, which `change` finds as "gate".
+
+        Only for adapters that need the timestep.
+        """
+        raise TypeError(f"{type(self).__name__} does not depend on the timestep")
+
+    def draws(self) -> bool:
+        """Whether `mask` draws at random while training."""
+        return False
 
     @final
     def check(self, shape: Shape) -> None:
         """Raise an error naming value and remedy where this adapter cannot take such a weight."""
-        if len(shape) < 2 or min(shape) < 1:
+        if self.takes == "matrix" and (len(shape) < 2 or min(shape) < 1):
             raise UserError(
                 f"{type(self).__name__} needs a weight of outputs x inputs (x kernel), "
                 f"got shape {tuple(shape)}"
             )
+        if self.inner is not self:
+            self.inner.check(shape)
         self.num_params(shape)  # an adapter with conditions of its own states them in its sizes
 
     @final
@@ -80,10 +164,52 @@ class Adapter(abc.ABC):
         start = self.init(torch.empty(shape, device="meta"), Generator())
         return {name: tuple(factor.shape) for name, factor in start.items()}
 
+    @final
+    def refuse(self, name: str, value: object, need: str) -> NoReturn:
+        raise UserError(f"{type(self).__name__} needs {name} to be {need}, got {value!r}")
+
+
+class Layer(abc.ABC):
+    """What `change` may ask of a frozen layer. Weights are cast to the dtype of x."""
+
+    shape: Shape
+    multiplies: bool  # the layer is x -> W x at each position: linear, or a convolution
+
+    @abc.abstractmethod
+    def weight(self) -> Tensor:
+        """W, at least in float32."""
+
+    @abc.abstractmethod
+    def base(self, x: Tensor) -> Tensor:
+        """W x, without the bias."""
+
+    @abc.abstractmethod
+    def formed(self, x: Tensor, form: Callable[[Factors], Tensor], factors: Factors) -> Tensor:
+        """V x for V = form(factors) of W's shape, which is formed again in the backward pass."""
+
+    @abc.abstractmethod
+    def narrow(self, x: Tensor, a_RQ: Tensor) -> Tensor:
+        """A x for A with R outputs and W's inputs and kernel. Needs `multiplies`."""
+
+    @abc.abstractmethod
+    def widen(self, h: Tensor, b_PR: Tensor) -> Tensor:
+        """B h for what `narrow` gave. Needs `multiplies`."""
+
+    @abc.abstractmethod
+    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """`apply`, a map of vectors on the last axis, at each position of an input."""
+
+    @abc.abstractmethod
+    def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """`apply`, a map of vectors on the last axis, at each position of an output."""
+
 
 @dataclass(frozen=True)
 class Additive(Adapter):
-    """W' = W + gamma * T(factors), T homogeneous of degree m."""
+    """W' = W + gamma * T(factors), T homogeneous of degree m and independent of W."""
+
+    uses_base = False
+    reads_weight = False
 
     @abc.abstractmethod
     def transform(self, factors: Factors, shape: Shape) -> Tensor:
@@ -106,6 +232,10 @@ class Additive(Adapter):
     def delta(self, weight: Tensor, factors: Factors) -> Tensor:
         shape = tuple(weight.shape)
         return self.gamma(shape) * self.transform(factors, shape)
+
+    def change(self, layer: Layer, x: Tensor, factors: Factors) -> Tensor:
+        gamma, shape = self.gamma(layer.shape), layer.shape
+        return layer.formed(x, lambda given: gamma * self.transform(given, shape), factors)
 
 
 @dataclass(frozen=True)
@@ -135,20 +265,30 @@ class Ranked(Additive):
             if not left_out and not (real and value > 0):
                 self.refuse(name, value, "a finite number > 0; alpha = rank leaves T unscaled")
 
-    def refuse(self, name: str, value: object, need: str) -> None:
-        raise UserError(f"{type(self).__name__} needs {name} to be {need}, got {value!r}")
-
     @final
     def rank_of(self, shape: Shape) -> int:
-        wide = math.prod(shape[2:]) > 1
-        return self.conv_rank if wide and self.conv_rank is not None else self.rank
+        return self.conv_rank if _wide(shape) and self.conv_rank is not None else self.rank
 
     @final
     def alpha_of(self, shape: Shape) -> float:
-        wide = math.prod(shape[2:]) > 1
-        return self.conv_alpha if wide and self.conv_alpha is not None else self.alpha
+        return self.conv_alpha if _wide(shape) and self.conv_alpha is not None else self.alpha
+
+    def gamma(self, shape: Shape) -> float:
+        return self.alpha_of(shape) / self.rank_of(shape)
+
+    def sized(self, shape: Shape) -> int:
+        """The rank on such a layer, which must not exceed the sides of the unrolled weight."""
+        rank, most = self.rank_of(shape), min(shape[0], math.prod(shape[1:]))
+        if rank > most:
+            name = "conv_rank" if _wide(shape) and self.conv_rank is not None else "rank"
+            self.refuse(name, rank, f"at most {most} here: give this layer a smaller one")
+        return rank
 
     @final
     def file_alpha(self, shape: Shape) -> float:
         # Readers recompute gamma as alpha / rank, or ignore alpha where they know gamma to be 1.
         return self.gamma(shape) * self.rank_of(shape)
+
+
+def _wide(shape: Shape) -> bool:
+    return math.prod(shape[2:]) > 1

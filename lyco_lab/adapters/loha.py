@@ -36,6 +36,9 @@ class LoHa(Ranked):
         "a2_RQ": "hada_w2_b",
     }
 
+    scaling: ClassVar = ("b2_PR",)
+    components: ClassVar = {"b2_PR": 1}
+
     def init(self, weight: Tensor, rng: Generator) -> Factors:
         P, Q = unrolled(tuple(weight.shape))
         R = self.rank_of(tuple(weight.shape))

@@ -42,6 +42,9 @@ class LoKr(Ranked):
         "a_RT": "lokr_w2_b",
     }
 
+    scaling: ClassVar = ("c_US",)
+    components: ClassVar = {"b_VR": 1}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 2:

@@ -1,157 +1,390 @@
-"""Put an adapter on the layers of a model, and take it off again. The only stateful adapter code.
+"""Put adapters on the layers of a model, and take them off again.
 
-    mounted = attach(unet, LoRA(rank=8), names, seed=0)   # the model is frozen, the factors train
+    mounted = attach(unet, LoRA(rank=8), ["*.attn?.to_*"], seed=0)  # frozen, only factors train
     mounted.strength = 0.5                                # W + 0.5 * (W' - W); 0 is W exactly
     mounted.merge()                                       # ordinary layers that hold W'
     mounted.unmerge()                                     # W bit for bit, and the factors on it
     mounted.detach()                                      # the model as it was, still frozen
 
-A layer keeps its name, and its type in the sense of `isinstance`; only its weight is adapted,
-never its bias.
+Several adapters may stand on one layer: each changes the frozen weight, and the changes add up,
+
+    W + sum_i strength_i * (W_i' - W)
+
+A layer keeps its name, its parameters and its type in the sense of `isinstance`.
 """
 
 import contextlib
+import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lyco_lab.adapters import plan
-from lyco_lab.adapters.base import Adapter, Factors
+from lyco_lab.adapters import geometry, layers, plan
+from lyco_lab.adapters.base import Adapter, Factors, Shape
+from lyco_lab.adapters.layers import BIAS, MATRICES, NORMS, SCALAR, Adapted, FactorDict, Mount
+from lyco_lab.adapters.options import Options, Override
 from lyco_lab.errors import UserError, nearest
-from lyco_lab.seeds import generator
+from lyco_lab.linalg import kaiming
+from lyco_lab.seeds import derive, generator
 
-SUPPORTED = (nn.Linear, *plan.CONVOLUTIONS)
-
-
-class FactorDict(nn.ParameterDict):
-    """The trainable factors of one layer; a type of its own, so that freezing can pass them by."""
+SUPPORTED = (*MATRICES, nn.MultiheadAttention, *NORMS)
+WILD = set("*?[")
 
 
-class Adapted(nn.Module):
-    """What a mounted layer is besides the linear layer or convolution that it was."""
+@dataclass(frozen=True)
+class Target:
+    """One layer and what it is to carry."""
 
+    name: str
+    layer: nn.Module
     adapter: Adapter
-    strength: float
-    factors: FactorDict
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    lr: float | None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return plan.apply(self, x)
+    @property
+    def shape(self) -> Shape:
+        return layers.shape_of(self.layer)
 
-
-_TYPES: dict[type[nn.Module], type[Adapted]] = {}  # Linear -> AdaptedLinear, made once
-
-
-def _adapted_type(kind: type[nn.Module]) -> type[Adapted]:
-    if kind not in _TYPES:
-        _TYPES[kind] = type(f"Adapted{kind.__name__}", (Adapted, kind), {})
-    return _TYPES[kind]
+    @property
+    def num_params(self) -> int:
+        bias = layers.original(self.layer).bias
+        offset = bias.numel() if self.adapter.trains_bias() and bias is not None else 0
+        return self.adapter.num_params(self.shape) + offset
 
 
-def survey(model: nn.Module, adapter: Adapter, names: Iterable[str]) -> dict[str, int]:
-    """How many parameters `adapter` trains on each named layer. Checks all, changes nothing."""
+def survey(
+    model: nn.Module,
+    adapter: Adapter,
+    targets: Iterable[str],
+    *,
+    options: Options | None = None,
+    overrides: Mapping[str, Override] | None = None,
+) -> dict[str, int]:
+    """How many parameters train on each layer. Makes `attach`'s checks, and changes nothing."""
+    resolved = resolve(model, adapter, targets, options or Options(), overrides or {})
+    scalar = 1 if options is not None and options.use_scalar else 0
+    return {target.name: target.num_params + scalar for target in resolved}
+
+
+def resolve(
+    model: nn.Module,
+    adapter: Adapter,
+    targets: Iterable[str],
+    options: Options,
+    overrides: Mapping[str, Override],
+) -> list[Target]:
+    """The layers that names and patterns stand for, each checked, in the order of the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    counts: dict[str, int] = {}
+    names = _names(model, adapter, modules, list(targets))
+    used: set[str] = set()
     seen: dict[int, str] = {}
+    resolved = []
     for name in names:
-        if name not in modules:
-            raise UserError(f"{type(model).__name__} has no layer {name!r}{nearest(name, modules)}")
-        layer = modules[name]
+        layer, chosen, lr = modules[name], adapter, None
         if id(layer) in seen:
-            alias = seen[id(layer)]
-            also = "is named twice" if alias == name else f"is the same layer as {alias!r}"
-            raise UserError(f"the layer {name!r} {also}: name each layer to adapt once")
-        seen[id(layer)] = name
-        if isinstance(layer, Adapted):
-            raise UserError(f"the layer {name!r} already carries {layer.adapter}: detach it first")
-        if not isinstance(layer, SUPPORTED):
-            needed = ", ".join(kind.__name__ for kind in SUPPORTED)
             raise UserError(
-                f"cannot adapt the layer {name!r}: it is a {type(layer).__name__}, and an adapter "
-                f"needs one of {needed}; leave it out"
+                f"the layer {name!r} is the same layer as {seen[id(layer)]!r}: "
+                "name each layer to adapt once"
             )
-        shape = tuple(layer.weight.shape)
-        try:
-            adapter.check(shape)
-        except ValueError as error:
-            raise UserError(f"layer {name!r} of shape {shape}: {error}") from error
-        counts[name] = adapter.num_params(shape)
-    if not counts:
+        seen[id(layer)] = name
+        for pattern, override in overrides.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                used.add(pattern)
+                chosen = override.of(chosen)
+                lr = lr if override.lr is None else override.lr
+        _check_layer(name, layer, chosen, options)
+        resolved.append(Target(name, layer, chosen, lr))
+    for pattern in overrides:
+        if pattern not in used:
+            raise UserError(
+                f"the override {pattern!r} matches none of the {len(names)} adapted layers"
+                f"{nearest(pattern, names)}"
+            )
+    return resolved
+
+
+def _names(
+    model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module], targets: list[str]
+) -> list[str]:
+    kind = type(model).__name__
+    found: dict[str, None] = {}
+    for target in targets:
+        if not WILD & set(target):
+            if target not in modules:
+                raise UserError(f"{kind} has no layer {target!r}{nearest(target, modules)}")
+            if target in found:
+                raise UserError(
+                    f"the layer {target!r} is named twice: name each layer to adapt once"
+                )
+            found[target] = None
+            continue
+        matching = [
+            name
+            for name, layer in modules.items()
+            if fnmatch.fnmatchcase(name, target) and isinstance(layer, SUPPORTED)
+        ]
+        if not matching:
+            raise UserError(
+                f"the pattern {target!r} matches no layer of {kind} that can be adapted"
+                f"{nearest(target, modules)}"
+            )
+        found |= dict.fromkeys(matching)
+    if not found:
+        raise UserError(f"no layer of {kind} was named for {adapter}: name at least one")
+    order = {name: index for index, name in enumerate(modules)}
+    return sorted(found, key=lambda name: order[name])
+
+
+def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options) -> None:
+    kind = layer.__class__.__name__.removeprefix("Adapted")
+    where = f"cannot put {type(adapter).__name__} on the layer {name!r}"
+    norm, opaque = isinstance(layer, NORMS), layers.is_opaque(layer)
+    sized = all(isinstance(getattr(layer, k, None), int) for k in ("in_features", "out_features"))
+    if not isinstance(layer, SUPPORTED) and not sized:
+        needed = ", ".join(one.__name__ for one in SUPPORTED)
         raise UserError(
-            f"no layer of {type(model).__name__} was named for {adapter}: name at least one"
+            f"{where}: it is a {kind}, and an adapter needs one of {needed}, or a layer that "
+            "tells its in_features and out_features; leave it out"
         )
-    return counts
+    if norm != (adapter.takes == "norm"):
+        needs = "norm layers" if adapter.takes == "norm" else "layers that multiply by a matrix"
+        raise UserError(f"{where}: it is a {kind}, and this adapter is for {needs}; leave it out")
+    if opaque and adapter.reads_weight:
+        raise UserError(
+            f"{where}: it is a {kind}, whose weight cannot be read, and this adapter needs to; "
+            "use one that only multiplies by it, such as LoRA"
+        )
+    for carried in getattr(layer, "mounts", ()):
+        if carried.adapter == adapter:
+            raise UserError(
+                f"the layer {name!r} already carries {adapter}: detach it first, or train that"
+            )
+    if layers.original(layer).merged and adapter.uses_base:
+        raise UserError(f"{where}: an adapter is merged into it; unmerge() that first")
+    weight = None if opaque else layer._parameters.get(layers.weight_name(layer))
+    if weight is None and not opaque:
+        raise UserError(f"{where}: this {kind} has no weight; leave it out")
+    if adapter.trains_bias() and opaque:
+        raise UserError(f"{where}: the bias of a {kind} cannot be moved; leave it out")
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise UserError(f"{where}: its max_norm changes the weight in use; leave it out")
+    shape = layers.shape_of(layer)
+    try:
+        adapter.check(shape)
+        options.check(adapter, shape, kind)
+    except ValueError as error:
+        raise UserError(f"layer {name!r} of shape {shape}: {error}") from error
+    if weight is not None and weight.device.type != "meta" and not _all_finite(weight):
+        raise UserError(f"{where}: its weight holds numbers that are not finite; load it again")
+
+
+@torch.no_grad()
+def _all_finite(weight: Tensor) -> bool:
+    # One pass and no temporary; a sum that overflows says nothing yet.
+    if torch.isfinite(weight.sum(dtype=plan.factor_dtype(weight.dtype))):
+        return True
+    return bool(torch.isfinite(weight).all())
 
 
 def attach(
     model: nn.Module,
     adapter: Adapter,
-    names: Iterable[str],
+    targets: Iterable[str],
     *,
     seed: int,
+    options: Options | None = None,
+    overrides: Mapping[str, Override] | None = None,
     init_scale: float | Callable[[str], float] = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> "Mounted":
-    """Freeze `model` and train `adapter` on the named layers.
+    """Freeze `model` and train `adapter` on the layers that names or patterns in `targets` match.
 
-    A layer's factors depend on the seed and its name alone, so they are the same on any device
-    and whatever other layers are adapted. `init_scale`, a number or a function of the layer's
-    name, multiplies all of its factors.
+    Patterns have `*`, `?` and `[...]` and match whole names of layers that can be adapted;
+    `overrides` says by such patterns what differs on some of them, the last match winning. A
+    layer's factors depend on the seed and its name alone, so they are the same on any device and
+    whatever other layers are adapted. `init_scale`, a number or a function of the layer's name,
+    multiplies all of them. `dtype` is that of the factors; at least the layer's is taken where
+    that is float32 or float64.
+
+    Raises `UserError`, before anything is changed, for a name or pattern without a layer, one
+    layer twice, a layer that the adapter or an option cannot take, or a weight that is not finite.
     """
-    names = list(names)
-    survey(model, adapter, names)
-    scales = {name: init_scale(name) if callable(init_scale) else init_scale for name in names}
+    options = options or Options()
+    resolved = resolve(model, adapter, targets, options, overrides or {})
+    scales = {
+        target.name: init_scale(target.name) if callable(init_scale) else init_scale
+        for target in resolved
+    }
     for name, scale in scales.items():
         if not math.isfinite(scale) or scale == 0:
             raise UserError(f"init_scale of layer {name!r} must be finite and not 0, got {scale}")
+    needs_clock = options.draws or any(t.adapter.inner.draws() for t in resolved)
+    timed = any(target.adapter.inner.needs_timestep() for target in resolved)
+    timesteps = _timestep_argument(model, resolved) if timed else None
     for module in model.modules():
         if not isinstance(module, FactorDict):  # another adapter on this model keeps training
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-    factors = {}
-    for name in names:
-        layer = model.get_submodule(name)
-        factors[name] = _draw(adapter, layer, generator(seed, "adapter", name), scales[name])
-    return Mounted(model, adapter, factors)
+    clock = torch.zeros((), dtype=torch.int64)
+    mounts = {
+        target.name: _mount(target, options, seed, scales[target.name], clock, dtype)
+        for target in resolved
+    }
+    mounted = Mounted(model, adapter, mounts, {t.name: t.lr for t in resolved}, clock)
+    if needs_clock:
+        mounted.hooks.append(model.register_forward_pre_hook(_Tick(clock)))
+    if timesteps is not None:
+        gate = _Gate(list(mounts.values()), timesteps)
+        mounted.hooks.append(model.register_forward_pre_hook(gate, with_kwargs=True))
+    return mounted
 
 
-def _draw(adapter: Adapter, layer: nn.Module, rng: torch.Generator, scale: float) -> FactorDict:
-    assert isinstance(layer.weight, Tensor)
-    dtype = plan.factor_dtype(layer.weight)
-    start = adapter.init(layer.weight.detach().to("cpu", dtype), rng)
-    return FactorDict(
-        {key: nn.Parameter((scale * value).to(layer.weight.device)) for key, value in start.items()}
+def _mount(
+    target: Target, options: Options, seed: int, scale: float, clock: Tensor, dtype: torch.dtype
+) -> Mount:
+    layer, adapter = target.layer, target.adapter
+    reference = layers._reference_tensor(layer)
+    computing = plan.factor_dtype(reference.dtype)
+    rng = generator(seed, "adapter", target.name)
+    original = layers.original(layer)
+    if layers.is_opaque(layer):
+        weight = torch.empty(target.shape, device="meta", dtype=computing)
+        start = _on_cpu(adapter, weight, rng)
+    else:
+        start = adapter.init(original.weight.detach().to("cpu", computing), rng)
+    if options.use_scalar:
+        for name, factor in start.items():
+            if name not in adapter.untrained and not factor.any():
+                fan_in = max(1, factor[0].numel())
+                start[name] = kaiming(factor, *factor.shape, fan_in=fan_in, rng=rng)
+        start[SCALAR] = torch.zeros((), dtype=computing)
+    if adapter.trains_bias() and original.bias is not None:
+        start[BIAS] = torch.zeros(original.bias.shape, dtype=computing)
+    kept = dtype if computing == torch.float32 else computing
+    factors = FactorDict(
+        {
+            name: nn.Parameter(
+                (scale * value if name not in adapter.untrained else value).to(
+                    reference.device, kept
+                ),
+                requires_grad=name not in adapter.untrained,
+            )
+            for name, value in start.items()
+        }
     )
+    key = derive(seed, "dropout", target.name)
+    mount = Mount(adapter, factors, options, key=key, clock=clock, dtype=computing)
+    return mount.train(layer.training)
+
+
+def _on_cpu(adapter: Adapter, weight: Tensor, rng: torch.Generator) -> Factors:
+    """The start of an adapter that only asks its weight for a shape and a dtype."""
+    return adapter.init(torch.empty((), dtype=weight.dtype).expand(weight.shape), rng)
+
+
+class _Tick:
+    """Counts forward passes of the model; a checkpointed block that runs again is not one."""
+
+    def __init__(self, clock: Tensor) -> None:
+        self.clock = clock
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self.clock.add_(1)
+
+
+class _Gate:
+    """Tells adapters that ask for it the timestep at which the model is called."""
+
+    def __init__(self, mounts: list[Mount], position: tuple[int, str]) -> None:
+        self.mounts = mounts
+        self.position = position
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        index, name = self.position
+        timesteps = kwargs[name] if name in kwargs else args[index]
+        timesteps = torch.as_tensor(timesteps).reshape(-1)
+        for mount in self.mounts:
+            if mount.adapter.inner.needs_timestep():
+                mount.gates = mount.adapter.inner.gate(timesteps, mount.rule_factors())
+
+
+def _timestep_argument(model: nn.Module, resolved: list[Target]) -> tuple[int, str]:
+    """Where the model's forward takes its timestep."""
+    import inspect
+
+    names = list(inspect.signature(model.forward).parameters)
+    if "timestep" not in names:
+        adapter = next(t.adapter for t in resolved if t.adapter.inner.needs_timestep())
+        raise UserError(
+            f"{type(adapter).__name__} depends on the timestep, and {type(model).__name__} is "
+            f"not called with one: its arguments are {', '.join(names)}"
+        )
+    return names.index("timestep"), "timestep"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One adapted layer, as `Mounted.explain` lists it."""
+
+    name: str
+    layer: str
+    shape: Shape
+    adapter: str
+    params: int
+    plan: str
 
 
 class Mounted:
-    """One adapter on the layers of one model; what trains, saves and merges it."""
+    """What one `attach` put on a model; it trains, saves and merges together."""
 
     def __init__(
-        self, model: nn.Module, adapter: Adapter, factors: Mapping[str, FactorDict]
+        self,
+        model: nn.Module,
+        adapter: Adapter,
+        mounts: Mapping[str, Mount],
+        rates: Mapping[str, float | None],
+        clock: Tensor,
     ) -> None:
         self.model = model
         self.adapter = adapter
         # Typed as what they are while mounted; merged and detached, they are ordinary layers.
-        self.layers = {name: cast(Adapted, model.get_submodule(name)) for name in factors}
-        self._factors = dict(factors)
+        self.layers = {name: cast(Adapted, model.get_submodule(name)) for name in mounts}
+        self.hooks: list[Any] = []
+        self._mounts = dict(mounts)
+        self._rates = dict(rates)
+        self._clock = clock
         self._strength = 1.0
-        self._base: dict[str, nn.Parameter] = {}  # the frozen weights, while merged
         self._state = "mounted"
         self._put_on()
 
+    def adapter_of(self, name: str) -> Adapter:
+        """The adapter on one layer, overrides considered."""
+        return self._mount(name).adapter
+
+    def options_of(self, name: str) -> Options:
+        return self._mount(name).options
+
     def parameters(self) -> list[nn.Parameter]:
-        return list(self.named_factors().values())
+        return [p for p in self.named_factors().values() if p.requires_grad]
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer: `lr`, except where an override says otherwise."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, mount in self._mounts.items():
+            rate = self._rates[name]
+            trained = [p for p in mount.factors.values() if p.requires_grad]
+            groups.setdefault(lr if rate is None else rate, []).extend(trained)
+        return [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
 
     def named_factors(self) -> dict[str, nn.Parameter]:
-        """'layer.factor' -> the trainable parameter."""
+        """'layer.factor' -> the parameter, trained or not."""
         return {
             f"{name}.{key}": factor
-            for name, factors in self._factors.items()
-            for key, factor in factors.items()
+            for name, mount in self._mounts.items()
+            for key, factor in mount.factors.items()
         }
 
     @property
@@ -160,26 +393,89 @@ class Mounted:
 
     def factors(self, name: str) -> Factors:
         """The factors of one layer, by their names in the adapter."""
-        if name not in self._factors:
-            raise UserError(f"no adapted layer {name!r}{nearest(name, self._factors)}")
-        return dict(self._factors[name].items())
+        return dict(self._mount(name).factors.items())
+
+    def rule_factors(self, name: str) -> Factors:
+        """The factors as the adapter's rule sees them: `use_scalar`'s scalar is in them."""
+        return layers._evaluated(self._mount(name), strength=1.0)
 
     def base_weight(self, name: str) -> nn.Parameter:
         """The frozen weight of a layer, merged or not."""
-        if name not in self.layers:
-            raise UserError(f"no adapted layer {name!r}{nearest(name, self.layers)}")
-        return self._base.get(name, self.layers[name].weight)
+        self._mount(name)
+        return layers.original(self.layers[name]).weight
+
+    def base_bias(self, name: str) -> nn.Parameter | None:
+        """The frozen bias of a layer, merged or not."""
+        self._mount(name)
+        return layers.original(self.layers[name]).bias
 
     def delta(self, name: str) -> Tensor:
         """W' - W of a layer as applied, strength included, with no rounding from a sum with W."""
-        weight = self.base_weight(name)
-        return plan.weight_delta(self.adapter, weight, self.factors(name), self._strength)
+        return layers.weight_delta(self._mount(name), self.base_weight(name))
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
         """The Frobenius norm of each layer's delta."""
         norms = torch.stack([torch.linalg.vector_norm(self.delta(name)) for name in self.layers])
         return dict(zip(self.layers, norms.tolist(), strict=True))
+
+    @torch.no_grad()
+    def limit_norms(self) -> None:
+        """Scale each update down to `max_norm` where its Frobenius norm exceeds that.
+
+        Exact in one step where the scaled factors scale the update; a rotation is turned back by
+        bisection, to a norm at most `max_norm`. Nothing is copied to the host.
+        """
+        for name, mount in self._mounts.items():
+            largest = mount.options.max_norm
+            if largest is None:
+                continue
+            weight = self.base_weight(name)
+
+            def norm(
+                share: Tensor | float, mount: Mount = mount, weight: Tensor = weight
+            ) -> Tensor:
+                return torch.linalg.vector_norm(
+                    layers.weight_delta(mount, weight, strength=cast(float, share))
+                )
+
+            whole = norm(1.0)
+            if layers._linear(mount.adapter):
+                share = torch.where(whole > largest, largest / whole, 1.0)
+            else:
+                low, high = torch.zeros_like(whole), torch.ones_like(whole)
+                for _ in range(24):
+                    middle = (low + high) / 2
+                    fits = norm(middle) <= largest
+                    low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+                share = torch.where(whole > largest, low, 1.0)
+            scaled = SCALAR if SCALAR in mount.factors else None
+            for key in [scaled] if scaled else mount.adapter.scaling:
+                if key in mount.factors:
+                    mount.factors[key].mul_(share.to(mount.factors[key].dtype))
+
+    def explain(self, tokens: int | None = None) -> list[Row]:
+        """Every layer with its adapter, shape, parameters and, at so many tokens, its plan."""
+        rows = []
+        for name, mount in self._mounts.items():
+            layer, shape = self.layers[name], layers.shape_of(self.layers[name])
+            op = geometry.of(layer)
+            kernel = plan.kernel_of(mount.adapter, op, shape)
+            chosen = ""
+            if tokens is not None and mount.adapter.takes == "matrix":
+                sizes = plan.Sizes(tokens, shape[0], math.prod(shape[1:]))
+                chosen = str(plan.choose(kernel.costs(sizes)))
+            rows.append(
+                Row(
+                    name=name,
+                    layer=type(layer).__name__.removeprefix("Adapted"),
+                    shape=shape,
+                    adapter=str(mount.adapter),
+                    params=sum(p.numel() for p in mount.factors.values() if p.requires_grad),
+                    plan=chosen,
+                )
+            )
+        return rows
 
     def state_dict(self) -> dict[str, Tensor]:
         """The factors alone, by 'layer.factor'; they share the parameters' memory."""
@@ -206,7 +502,7 @@ class Mounted:
 
     @property
     def strength(self) -> float:
-        """s in W + s * (W' - W)."""
+        """s in W + s * (W' - W); what it means for a rotation, the adapter's own file says."""
         return self._strength
 
     @strength.setter
@@ -215,45 +511,79 @@ class Mounted:
         if not math.isfinite(value):
             raise UserError(f"the strength of an adapter must be finite, got {value}")
         self._strength = float(value)
-        for layer in self.layers.values():
-            layer.strength = self._strength
+        for mount in self._mounts.values():
+            mount.strength = self._strength
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """The base model inside the block."""
-        before, self.strength = self.strength, 0.0
+    def at(self, strength: float) -> Iterator[None]:
+        """Another strength inside the block."""
+        before, self.strength = self.strength, strength
         try:
             yield
         finally:
             self.strength = before
 
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Without this adapter inside the block."""
+        return self.at(0.0)
+
+    def enabled(self) -> contextlib.AbstractContextManager[None]:
+        """With this adapter at full strength inside the block."""
+        return self.at(1.0)
+
+    def train(self, mode: bool = True) -> "Mounted":
+        """Whether dropouts act; the layers below stay in the mode they are in."""
+        for mount in self._mounts.values():
+            mount.train(mode)
+        return self
+
+    def eval(self) -> "Mounted":
+        return self.train(False)
+
+    @property
+    def step(self) -> int:
+        """Forward passes so far, of which what is drawn at random depends."""
+        return int(self._clock)
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._clock.fill_(value)
+
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, *, keep_base: bool = True) -> None:
         """Fold the adapter into the weights; ordinary layers are left.
 
-        In a half-precision model the merged weights are rounded once to that precision, which
-        can lose most of a small delta.
+        The sum is formed in float32 or better and rounded once, which in a half-precision model
+        can lose most of a small delta. With `keep_base` the frozen weights are kept aside, so that
+        `unmerge` brings them back; without, they are overwritten in place, which takes no memory.
         """
         self._need("mounted", "merge")
         for name, layer in self.layers.items():
-            weight, factors = self.base_weight(name), self.factors(name)
-            merged = plan.adapted_weight(self.adapter, weight, factors, self._strength)
-            # Another parameter, not another value: a layer that shares the old one is no target.
-            self._base[name] = weight
-            layer.weight = nn.Parameter(merged.to(weight.dtype, copy=True), requires_grad=False)
-        self._take_off()
-        self._state = "merged"
+            if layer.opaque:
+                raise UserError(
+                    f"cannot merge: the weight of layer {name!r}, a "
+                    f"{type(layer).__name__.removeprefix('Adapted')}, cannot be written"
+                )
+            if self._mount(name).gates is not None:
+                raise UserError(f"cannot merge: the update of {name!r} depends on the timestep")
+            for other in layer.mounts:
+                if other is not self._mounts[name] and (other.adapter.uses_base or not keep_base):
+                    raise UserError(
+                        f"cannot merge: the layer {name!r} also carries {other.adapter}, "
+                        "which changes the frozen weight: merge or detach that first"
+                    )
+        for name, layer in self.layers.items():
+            mount = self._mounts[name]
+            (layers.merge if keep_base else layers.merge_in_place)(layer, mount)
+            layers.take_off(layer, mount)
+        self._state = "merged" if keep_base else "merged in place"
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Undo `merge`: the frozen weights come back bit for bit, the factors on top of them."""
         self._need("merged", "unmerge")
         for name, layer in self.layers.items():
-            weight, device = self._base[name], layer.weight.device
-            weight.data = weight.data.to(device)  # the model may have moved meanwhile
-            self._factors[name].to(device)
-            layer.weight = weight
-        self._base.clear()
+            layers.unmerge(layer, self._mounts[name])
         self._put_on()
         self._state = "mounted"
 
@@ -262,20 +592,20 @@ class Mounted:
         if self._state == "merged":
             self.unmerge()
         self._need("mounted", "detach")
-        self._take_off()
+        for name, layer in self.layers.items():
+            layers.take_off(layer, self._mounts[name])
+        for hook in self.hooks:
+            hook.remove()
         self._state = "detached"
 
     def _put_on(self) -> None:
         for name, layer in self.layers.items():
-            layer.__class__ = _adapted_type(type(layer))
-            layer.adapter = self.adapter
-            layer.strength = self._strength
-            layer.factors = self._factors[name]
+            layers.put_on(layer, self._mounts[name])
 
-    def _take_off(self) -> None:
-        for layer in self.layers.values():
-            layer.__class__ = cast(type[Adapted], type(layer).__bases__[1])
-            del layer.adapter, layer.strength, layer.factors
+    def _mount(self, name: str) -> Mount:
+        if name not in self._mounts:
+            raise UserError(f"no adapted layer {name!r}{nearest(name, self._mounts)}")
+        return self._mounts[name]
 
     def _need(self, state: str, act: str) -> None:
         if self._state != state:

@@ -26,6 +26,8 @@ class Native(Additive):
     file_algo: ClassVar = "full"
     file_names: ClassVar = {"diff": "diff"}
 
+    scaling: ClassVar = ("diff",)
+
     def init(self, weight: Tensor, rng: Generator) -> Factors:
         return {"diff": weight.new_zeros(weight.shape)}
 

@@ -1,86 +1,483 @@
-"""How an adapted layer is computed.
+"""How an adapted layer is computed: exactly, and at the least cost.
 
-Every plan is exact: it gives the layer's output with the weight W' and the gradients of the
-factors, and differs from the others only in what it costs. There is one, the reference: form W',
-then compute the layer with it. Cheaper contractions of the same expression are chosen in `apply`,
-from the layer and the call's sizes, and are tested against the reference, values and gradients.
+Two choices are independent of each other, for every kernel and every call:
 
-In half precision W + delta would round a small delta away, so the reference computes the layer
-twice there, with W and with delta, and adds the outputs. Factors and delta stay in float32.
+    apply   side   y = W x + (change of x through the factors)     nothing of W's size is formed
+            form   y = W' x                                        W' is formed there and back
+    grads   tokens the factors' gradients by products over tokens
+            dense  through G = sum gy x^T, of W's size, then the factors
+
+All are exact: they give the layer's output with the adapted weight and the gradients of the
+factors, and differ only in cost. `choose` picks for each layer and call, from the number of tokens
+and the sizes alone, by counting multiply-adds with two constants: PASS, what touching an entry of
+a weight once more costs, and SKINNY, how much slower a product of few rows runs than a square one.
+
+Nothing of a weight's size is kept for the backward pass: `Exact` keeps the input (or the output,
+where the change can be undone) and the factors, and forms W' again. A backward pass that is itself
+differentiated goes by plain autograd, as does everything within `forced("reference")`.
+
+Where the factors' way is not open to a kernel (half precision, in which W + delta would round a
+small delta away; dropout; several adapters; a base that can only be called) the layer is
+
+    y = W x + b + sum_i (W_i' - W) u_i            u_i = x, or x with a part dropped
+
+with every change added to the output, and computed at that size.
 """
 
+import abc
 import contextlib
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from lyco_lab.adapters.base import Adapter, Factors
+from lyco_lab.adapters import geometry
+from lyco_lab.adapters.base import Adapter, Factors, Layer, Shape
+from lyco_lab.adapters.geometry import Geometry
 
 if TYPE_CHECKING:
-    from lyco_lab.adapters.mount import Adapted
+    from lyco_lab.adapters.layers import Adapted, Mount
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 HALF = (torch.bfloat16, torch.float16)
+
+# In multiply-adds of a large product, fitted once on one core with AVX-512.
+PASS = 40.0
+
+
+def skinny(rank: int) -> float:
+    """How much more a multiply-add costs in a product of `rank` rows. 3 at 1, 1 from 64."""
+    return max(1.0, 3.0 - rank / 32)
+
+
+@dataclass(frozen=True)
+class Plan:
+    apply: Literal["side", "form"]
+    grads: Literal["tokens", "dense"]
+
+    def __str__(self) -> str:
+        return f"{self.apply}/{self.grads}"
+
+
+SIDE_TOKENS = Plan("side", "tokens")
+FORM_TOKENS = Plan("form", "tokens")
+FORM_DENSE = Plan("form", "dense")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of one call: T output positions, a weight of P x Q, its kernel's taps counted in Q."""
+
+    T: int
+    P: int
+    Q: int
+
+    @property
+    def N(self) -> int:
+        return self.P * self.Q
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the backward pass has."""
+
+    x: Tensor | None  # None where the kernel keeps its output instead
+    x_shape: Shape
+    weight: Tensor
+    bias: Tensor | None
+    factors: Factors
+    kept: tuple[Tensor, ...]
+
+    def input(self) -> Tensor:
+        assert self.x is not None
+        return self.x
+
+
+class Kernel(abc.ABC):
+    """Exact products of one adapter on weights of one shape.
+
+    Made of tensors' operations that need not be differentiable, on float32 or float64.
+    """
+
+    keeps_input: bool = True  # False: `forward` keeps its output, from which all can be had
+    needs_multiplies: bool = True  # works on linear layers and ungrouped convolutions only
+    traceable: bool = True  # torch.compile can see through it
+
+    @abc.abstractmethod
+    def costs(self, sizes: Sizes) -> dict[Plan, float]:
+        """The plans it has, and what each adds to the frozen layer's two products."""
+
+    @abc.abstractmethod
+    def forward(
+        self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output, and small tensors that the backward pass will want again."""
+
+    @abc.abstractmethod
+    def backward(
+        self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
+    ) -> tuple[Tensor | None, Factors]:
+        """Gradients of the input, if needed, and of the factors."""
+
+
+@dataclass(frozen=True)
+class Formed(Kernel):
+    """The kernel of an adapter that has none: W' and its gradient by the definition."""
+
+    adapter: Adapter
+
+    needs_multiplies = False
+    traceable = False
+
+    def costs(self, sizes: Sizes) -> dict[Plan, float]:
+        return {FORM_DENSE: 0.0}
+
+    def forward(
+        self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return op.product(x, self.adapter.adapted(weight, factors), bias), ()
+
+    def backward(
+        self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
+    ) -> tuple[Tensor | None, Factors]:
+        def adapted(factors: Factors) -> Tensor:
+            return self.adapter.adapted(saved.weight, factors)
+
+        return formed_grads(op, gy, saved.input(), adapted, saved.factors, need_gx)
+
+
+def formed_grads(
+    op: Any,
+    gy: Tensor,
+    x: Tensor,
+    form: Callable[[Factors], Tensor],
+    factors: Factors,
+    need_gx: bool,
+) -> tuple[Tensor | None, Factors]:
+    """Gradients of form(factors) x, by autograd through `form` alone."""
+    with torch.enable_grad():
+        given = {name: factor.detach().requires_grad_() for name, factor in factors.items()}
+        weight = form(given)
+    cut = weight.detach().to(gy.dtype)
+    gx, gw = op.grads(gy, x, cut) if need_gx else (None, op.grad_weight(gy, x, cut))
+    grads = torch.autograd.grad(
+        weight, list(given.values()), gw.to(weight.dtype), allow_unused=True
+    )
+    return gx, {n: g for n, g in zip(given, grads, strict=True) if g is not None}
+
+
+class AdditiveKernel(Kernel):
+    """W' = W + gamma T: what is left to say is how T acts on tokens, and how it is formed."""
+
+    @abc.abstractmethod
+    def form(self, weight: Tensor, factors: Factors, out: Tensor | None = None) -> Tensor:
+        """W', in as few passes over it as possible; into `out`, which may be W itself."""
+
+    @abc.abstractmethod
+    def side_(self, op: Any, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        """y += gamma T x, in place."""
+
+    @abc.abstractmethod
+    def token_grads(
+        self, op: Any, gy: Tensor, x: Tensor, factors: Factors, gx: Tensor | None
+    ) -> Factors:
+        """The factors' gradients by products over tokens; gx += gamma T^T gy where it is given."""
+
+    @abc.abstractmethod
+    def dense_grads(self, gw: Tensor, factors: Factors) -> Factors:
+        """The factors' gradients from G, of W's shape, which may be overwritten."""
+
+    def forward(
+        self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if plan.apply == "form":
+            return op.product(x, self.form(weight, factors), bias), ()
+        return self.side_(op, op.product(x, weight, bias), x, factors), ()
+
+    def backward(
+        self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
+    ) -> tuple[Tensor | None, Factors]:
+        x, weight, factors = saved.input(), saved.weight, saved.factors
+        if plan.grads == "dense":
+            if not need_gx:
+                return None, self.dense_grads(op.grad_weight(gy, x, weight), factors)
+            adapted = self.form(weight, factors) if plan.apply == "form" else weight
+            gx, gw = op.grads(gy, x, adapted)
+            return gx, self.dense_grads(gw, factors)
+        if not need_gx:
+            return None, self.token_grads(op, gy, x, factors, None)
+        if plan.apply == "form":
+            gx = op.grad_input(gy, saved.x_shape, self.form(weight, factors))
+            return gx, self.token_grads(op, gy, x, factors, None)
+        gx = op.grad_input(gy, saved.x_shape, weight)
+        return gx, self.token_grads(op, gy, x, factors, gx)
+
+
+class Exact(torch.autograd.Function):
+    """A kernel as autograd sees it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: "Call",
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *values: Tensor,
+    ) -> Tensor:
+        factors = dict(zip(call.names, values, strict=True))
+        y, kept = call.kernel.forward(call.op, call.plan, x, weight, bias, factors)
+        ctx.call, ctx.x_shape, ctx.keeps = call, tuple(x.shape), call.kernel.keeps_input
+        ctx.save_for_backward(x if ctx.keeps else None, weight, bias, *values, *kept)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+        call: Call = ctx.call
+        x, weight, bias, *rest = ctx.saved_tensors
+        values, kept = rest[: len(call.names)], tuple(rest[len(call.names) :])
+        need_gx, need_gb = ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+        if torch.is_grad_enabled():
+            return Exact.differentiable(ctx, call, gy, x, weight, bias, values)
+        saved = Saved(
+            x, ctx.x_shape, weight, bias, dict(zip(call.names, values, strict=True)), kept
+        )
+        gx, grads = call.kernel.backward(call.op, call.plan, gy, saved, need_gx)
+        gb = call.op.sum_positions(gy) if need_gb else None
+        return None, gx, None, gb, *(grads.get(name) for name in call.names)
+
+    @staticmethod
+    def differentiable(
+        ctx: Any,
+        call: "Call",
+        gy: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        values: Sequence[Tensor],
+    ) -> Any:
+        """The same gradients by plain autograd, for a backward pass that is differentiated."""
+        if x is None:
+            raise RuntimeError(
+                f"{call.adapter} keeps its output, not its input, for the backward pass, which so "
+                "cannot be differentiated: run the layer inside plan.forced('reference')"
+            )
+        factors = dict(zip(call.names, values, strict=True))
+        y = call.op.product(x, call.adapter.adapted(weight, factors), bias)
+        inputs = [x, weight, bias, *values]
+        needed = ctx.needs_input_grad[1:]
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need and t is not None]
+        grads = iter(torch.autograd.grad(y, wanted, gy, create_graph=True, allow_unused=True))
+        return None, *(next(grads) if need else None for need in needed)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of one call is no tensor."""
+
+    kernel: Kernel
+    op: Geometry
+    plan: Plan
+    names: tuple[str, ...]
+    adapter: Adapter
+
+
+class Formation(torch.autograd.Function):
+    """V x for V = form(factors), formed again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Geometry,
+        form: Callable[[Factors], Tensor],
+        names: tuple[str, ...],
+        x: Tensor,
+        *values: Tensor,
+    ) -> Tensor:
+        ctx.op, ctx.form, ctx.names = op, form, names
+        ctx.save_for_backward(x, *values)
+        factors = dict(zip(names, values, strict=True))
+        return op.product(x, form(factors).to(x.dtype) if x.is_floating_point() else form(factors))
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+        x, *values = ctx.saved_tensors
+        factors = dict(zip(ctx.names, values, strict=True))
+        gx, grads = formed_grads(ctx.op, gy, x, ctx.form, factors, ctx.needs_input_grad[3])
+        return None, None, None, gx, *(grads.get(name) for name in ctx.names)
+
+
+_forced: Plan | Literal["reference"] | None = None
+
+
+@contextlib.contextmanager
+def forced(plan: Plan | Literal["reference"]) -> Iterator[None]:
+    """This plan wherever a kernel has it; "reference": the layer with W', by plain autograd."""
+    global _forced
+    before, _forced = _forced, plan
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(costs: dict[Plan, float]) -> Plan:
+    """The cheapest plan, or the forced one where it is among them."""
+    if isinstance(_forced, Plan) and _forced in costs:
+        return _forced
+    return min(costs, key=lambda plan: costs[plan])
+
+
+def kernel_of(adapter: Adapter, op: Geometry, shape: Shape) -> Kernel:
+    """The adapter's kernel for such a layer."""
+    kernel = adapter.kernel(shape)
+    if kernel is None or (kernel.needs_multiplies and not op.multiplies):
+        return Formed(adapter)
+    return kernel
 
 
 def apply(layer: "Adapted", x: Tensor) -> Tensor:
-    """The layer's output with its adapted weight."""
-    if layer.strength == 0.0:
-        return product(layer, x, layer.weight, layer.bias)
-    return reference(layer, x)
-
-
-def reference(layer: "Adapted", x: Tensor) -> Tensor:
-    factors = dict(layer.factors.items())
-    dtype = computing_dtype(layer.weight)
-    if dtype not in HALF:
-        weight = adapted_weight(layer.adapter, layer.weight, factors, layer.strength)
-        return product(layer, x, weight, layer.bias)
-    base = product(layer, x, layer.weight, layer.bias)
+    """The layer's output with its adapters."""
+    mounts = [mount for mount in layer.mounts if mount.strength != 0.0]
+    if not mounts:
+        return layer.base_forward(x)
+    bias = layer.bias_with(mounts)
+    dtype = computing_dtype(layer.dtype, layer.device)
+    (first, *others) = mounts
+    fused = not others and dtype not in HALF and not layer.opaque and first.is_plain()
+    if not fused:
+        return added(layer, mounts, x, bias, dtype)
+    op = geometry.of(layer)
     with exact(x):
-        delta = weight_delta(layer.adapter, layer.weight, factors, layer.strength)
+        weight = layer.frozen_weight
+        y = product(op, first.adapter, op.enter(x), weight, bias, first.current())
+        return op.leave(y, x)
+
+
+def product(
+    op: Geometry, adapter: Adapter, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+) -> Tensor:
+    """W' x + b by the cheapest plan."""
+    shape = tuple(weight.shape)
+    kernel = kernel_of(adapter, op, shape)
+    by_hand = torch.compiler.is_compiling() and not kernel.traceable
+    if _forced == "reference" or by_hand or isinstance(op, geometry.Normalisation):
+        return op.product(x, adapter.adapted(weight, factors), bias)
+    sizes = Sizes(op.tokens(x, weight), shape[0], weight[0].numel())
+    call = Call(kernel, op, choose(kernel.costs(sizes)), tuple(factors), adapter)
+    y: Tensor = Exact.apply(call, x, weight, bias, *factors.values())
+    return y
+
+
+def added(
+    layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """W x + b + every adapter's change, each added to the output."""
+    y = layer.base_forward(x, bias)
+    with exact(x):
         # bfloat16 has the range of float32; float16 has not, and would lose small entries.
-        side = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return base + product(layer, x.to(side), delta.to(side), None).to(base.dtype)
+        side = torch.float32 if dtype == torch.float16 else dtype
+        frozen = Frozen(layer, side)
+        for mount in mounts:
+            u = mount.input(x)
+            u = frozen.op.enter(u.to(side) if u.is_floating_point() else u)
+            change = mount.scaled(mount.adapter.change(frozen, u, mount.current()))
+            y = y + frozen.op.leave(change, x).to(y.dtype)
+    return y
 
 
-def adapted_weight(adapter: Adapter, weight: Tensor, factors: Factors, strength: float) -> Tensor:
-    """W + strength * (W' - W), at least in float32; W itself at strength 0."""
-    if strength == 0.0:
-        return weight
-    with exact(weight):
-        weight = weight.to(factor_dtype(weight))
-        if strength == 1.0:
-            return adapter.adapted(weight, factors)
-        return weight + strength * adapter.delta(weight, factors)
+class Frozen(Layer):
+    """A layer as `Adapter.change` sees it, computing in one dtype."""
+
+    def __init__(self, layer: "Adapted", dtype: torch.dtype) -> None:
+        self.layer = layer
+        self.dtype = dtype
+        self.op: Any = geometry.of(layer)
+        self.shape = layer.weight_shape
+        self.multiplies = self.op.multiplies or isinstance(self.op, geometry.Convolution)
+
+    def weight(self) -> Tensor:
+        return self.layer.frozen_weight.to(factor_dtype(self.layer.dtype))
+
+    def base(self, x: Tensor) -> Tensor:
+        if self.layer.opaque:
+            y, bias = self.layer.base_forward(x), self.layer.frozen_bias
+            return (y if bias is None else y - bias).to(x.dtype)
+        y = self.op.product(x, self.layer.frozen_weight.to(x.dtype))
+        return y
+
+    def formed(self, x: Tensor, form: Callable[[Factors], Tensor], factors: Factors) -> Tensor:
+        if _forced == "reference" or torch.compiler.is_compiling():
+            weight = form(factors)
+            y: Tensor = self.op.product(x, weight.to(self.dtype))
+            return y
+        y = Formation.apply(self.op, form, tuple(factors), x, *factors.values())
+        return y.to(self.dtype)
+
+    def narrow(self, x: Tensor, a_RQ: Tensor) -> Tensor:
+        if not isinstance(self.op, geometry.Convolution):
+            return x @ a_RQ.to(x.dtype).t()
+        count = self.op.group_count
+        repeated = a_RQ.to(x.dtype).repeat(count, *[1] * (a_RQ.dim() - 1))
+        return self.op.product(x, repeated)
+
+    def widen(self, h: Tensor, b_PR: Tensor) -> Tensor:
+        if not isinstance(self.op, geometry.Convolution):
+            return h @ b_PR.to(h.dtype).t()
+        count, dims = self.op.group_count, len(self.op.stride)
+        flat = torch.nn.functional.conv1d(
+            h.flatten(2), b_PR.to(h.dtype).unsqueeze(-1), groups=count
+        )
+        return flat.view(*flat.shape[:2], *h.shape[2:]) if dims else flat
+
+    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        y: Tensor = self.op.last(apply(self.op.first(x)))
+        return y
+
+    def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.inputs(y, apply)
 
 
-def weight_delta(adapter: Adapter, weight: Tensor, factors: Factors, strength: float) -> Tensor:
-    """strength * (W' - W), at least in float32."""
-    with exact(weight):
-        delta = adapter.delta(weight.to(factor_dtype(weight)), factors)
-        return delta if strength == 1.0 else strength * delta
+def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), of which only the arguments are kept: it runs again to go back."""
+    if torch.compiler.is_compiling():
+        return function(*tensors)
+    result: Tensor = Recomputed.apply(function, *tensors)
+    return result
 
 
-def product(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What `layer` computes, with another weight."""
-    if isinstance(layer, CONVOLUTIONS):
-        return layer._conv_forward(x, weight, bias)  # knows its stride, groups and padding mode
-    return F.linear(x, weight, bias)
+class Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*tensors)
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        needed = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            given = [
+                tensor.detach().requires_grad_(need)
+                for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
+            ]
+            result = ctx.function(*given)
+        wanted = [tensor for tensor in given if tensor.requires_grad]
+        grads = iter(torch.autograd.grad(result, wanted, grad))
+        return None, *(next(grads) if need else None for need in needed)
 
 
-def factor_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which factors and W' - W are formed."""
+    return torch.promote_types(dtype, torch.float32)
 
 
-def computing_dtype(weight: Tensor) -> torch.dtype:
+def computing_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The precision that the layer's product will run in."""
-    device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return dtype
 
 
 def exact(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -1,0 +1,399 @@
+"""A layer that carries adapters: the frozen layer it was, and one `Mount` for each.
+
+The layer keeps its name, its parameters and its type in the sense of `isinstance`; only its class
+is exchanged for a subclass whose forward goes through plan.py, and back when the last adapter
+comes off.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lyco_lab.adapters import geometry, plan
+from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
+from lyco_lab.adapters.options import Options
+from lyco_lab.seeds import uniforms
+
+MATRICES = (nn.Linear, *geometry.CONVOLUTIONS, nn.Embedding)
+NORMS = geometry.NORMS
+BIAS, SCALAR = "bias", "scalar"  # factors that belong to the mount, not to the adapter's rule
+GATE = "gate"  # what `change` finds among the factors of an adapter that sees the timestep
+
+
+class FactorDict(nn.ParameterDict):
+    """The factors of one adapter on one layer; a type of its own, so that freezing passes it by."""
+
+
+class Mount(nn.Module):
+    """One adapter on one layer: its factors, and what acts on them."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        factors: FactorDict,
+        options: Options,
+        *,
+        key: int,
+        clock: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.factors = factors
+        self.options = options
+        self.strength = 1.0
+        self.key = key  # of what is drawn for this layer
+        self.clock = clock  # forward passes so far; one tensor for all layers of an attachment
+        self.dtype = dtype  # in which the rule is computed
+        self.gates: Tensor | None = None  # a row per sample, for adapters that see the timestep
+
+    def rule_factors(self) -> Factors:
+        """The adapter's own factors, as they train."""
+        return {
+            name: factor for name, factor in self.factors.items() if name != BIAS and name != SCALAR
+        }
+
+    def current(self, strength: float | None = None) -> Factors:
+        """The factors as the rule sees them now: with scalar, masks and strength in."""
+        adapter, inner = self.adapter, self.adapter.inner
+        strength = self.strength if strength is None else strength
+        factors = self.rule_factors()
+        for name, factor in factors.items():
+            if factor.dtype != self.dtype:
+                factors[name] = factor.to(self.dtype)
+        if SCALAR in self.factors:
+            _scale(factors, inner.scaling, self.factors[SCALAR].to(self.dtype))
+        if self.training:
+            for name, axis in inner.components.items():
+                if name in factors:
+                    factors[name] = self._masked(factors[name], axis)
+            if self.options.module_dropout and _linear(adapter):
+                _scale(factors, adapter.scaling, self._module_mask())
+        if strength != 1.0:
+            _scale(factors, adapter.scaling, strength)
+        if self.gates is not None:
+            factors[GATE] = self.gates
+        return factors
+
+    def offset(self) -> Tensor | None:
+        """What the bias gains."""
+        if BIAS not in self.factors:
+            return None
+        offset = self.factors[BIAS].to(self.dtype)
+        if self.training and self.options.module_dropout:
+            offset = offset * self._module_mask()
+        return offset if self.strength == 1.0 else self.strength * offset
+
+    def is_plain(self) -> bool:
+        """Whether the layer is the frozen one with W' for W, where `current` gives the factors."""
+        options, active = self.options, self.training
+        dropped = active and (
+            options.dropout > 0 or (options.module_dropout > 0 and not _linear(self.adapter))
+        )
+        scaled = self.strength != 1.0 and not self.adapter.scaling
+        return not dropped and not scaled and self.gates is None
+
+    def input(self, x: Tensor) -> Tensor:
+        """What the change sees of the layer's input."""
+        p = self.options.dropout
+        if not (self.training and p):
+            return x
+        kept = self._uniforms(1, x.numel()).view_as(x) >= p
+        return torch.where(kept, x / (1 - p), 0.0)
+
+    def scaled(self, change: Tensor) -> Tensor:
+        """The change times what no factor carries."""
+        if self.strength != 1.0 and not self.adapter.scaling:
+            change = self.strength * change
+        if self.training and self.options.module_dropout and not _linear(self.adapter):
+            change = change * self._module_mask().to(change.dtype)
+        return change
+
+    def _masked(self, factor: Tensor, axis: int) -> Tensor:
+        size = factor.shape[axis]
+        shape = [-1 if i == axis else 1 for i in range(factor.dim())]
+        mask = self.adapter.inner.mask(lambda n: self._uniforms(3, n), size)
+        if mask is not None:
+            factor = factor * mask.view(shape)
+        p = self.options.rank_dropout
+        if p:
+            kept = self._uniforms(2, size).view(shape) >= p
+            factor = factor * (kept / (1 - p)).to(factor.dtype)
+        return factor
+
+    def _module_mask(self) -> Tensor:
+        p = self.options.module_dropout
+        return ((self._uniforms(0, 1) >= p) / (1 - p)).to(self.dtype).squeeze()
+
+    def _uniforms(self, stream: int, size: int) -> Tensor:
+        device = next(iter(self.factors.values())).device
+        # Streams are far apart in the counters that are hashed.
+        return uniforms(self.key + (stream << 48), self.clock, size, device)
+
+
+def _scale(factors: Factors, names: Sequence[str], by: Tensor | float) -> None:
+    for name in names:
+        if name in factors:
+            factors[name] = factors[name] * by
+
+
+def _linear(adapter: Adapter) -> bool:
+    """Whether scaling the factors named in `scaling` scales the change alike."""
+    return isinstance(adapter, Additive)
+
+
+class Adapted(nn.Module):
+    """What a layer with adapters is besides the layer that it was."""
+
+    mounts: nn.ModuleList
+    opaque: bool = False  # it can be called, but its weight not read
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return plan.apply(self, *args, **kwargs)
+
+    def base_forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The frozen layer; with another bias where one is given."""
+        if bias is None or bias is self.frozen_bias:
+            y: Tensor = super().forward(x)  # type: ignore[misc]
+            return y
+        op = geometry.of(self)
+        return op.leave(op.product(op.enter(x), self.frozen_weight, bias.to(self.dtype)), x)
+
+    def bias_with(self, mounts: Sequence[Mount]) -> Tensor | None:
+        """The bias with what these adapters add to it."""
+        bias = self.frozen_bias
+        for mount in mounts:
+            offset = mount.offset()
+            if offset is not None:
+                assert bias is not None
+                bias = bias + offset
+        return bias
+
+    @property
+    def frozen_weight(self) -> Tensor:
+        return cast(Tensor, self._parameters[weight_name(self)])
+
+    @property
+    def frozen_bias(self) -> Tensor | None:
+        return self._parameters.get(bias_name(self))
+
+    @property
+    def weight_shape(self) -> Shape:
+        return shape_of(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _reference_tensor(self).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return _reference_tensor(self).device
+
+
+class Opaque(Adapted):
+    """A layer of another library, or with a quantised weight: x -> W x + b is all that is known."""
+
+    opaque = True
+
+    def base_forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y: Tensor = nn.Module.__getattribute__(self, "kind").forward(self, x)
+        return y
+
+    @property
+    def frozen_bias(self) -> Tensor | None:
+        bias = getattr(self, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    def bias_with(self, mounts: Sequence[Mount]) -> Tensor | None:
+        return None
+
+
+def weight_name(layer: nn.Module) -> str:
+    return "in_proj_weight" if isinstance(layer, nn.MultiheadAttention) else "weight"
+
+
+def bias_name(layer: nn.Module) -> str:
+    return "in_proj_bias" if isinstance(layer, nn.MultiheadAttention) else "bias"
+
+
+def is_opaque(layer: nn.Module) -> bool:
+    """Linear by its sizes, but not torch's own: only to be called."""
+    if isinstance(layer, Adapted):
+        return layer.opaque
+    if isinstance(layer, nn.MultiheadAttention):
+        return False
+    for kind in (*MATRICES, *NORMS):
+        if isinstance(layer, kind) and type(layer).forward is kind.forward:
+            weight = layer._parameters.get("weight")
+            return weight is not None and not isinstance(weight.data, Tensor)
+    return True
+
+
+def shape_of(layer: nn.Module) -> Shape:
+    """Of the weight to be adapted: (out, in) where the layer only tells its sizes."""
+    weight = layer._parameters.get(weight_name(layer))
+    if weight is not None and not is_opaque(layer):
+        return tuple(weight.shape)
+    return int(layer.out_features), int(layer.in_features)  # type: ignore[arg-type]
+
+
+def _reference_tensor(layer: nn.Module) -> Tensor:
+    """A tensor of the layer that says in what precision it computes."""
+    weight = layer._parameters.get(weight_name(layer))
+    if weight is not None and weight.is_floating_point():
+        return weight
+    for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+        if tensor.is_floating_point():
+            return tensor
+    return torch.empty(0)
+
+
+_TYPES: dict[type[nn.Module], type[Adapted]] = {}  # Linear -> AdaptedLinear, made once
+
+
+def adapted_type(layer: nn.Module) -> type[Adapted]:
+    kind = type(layer)
+    if kind not in _TYPES:
+        parent = Opaque if is_opaque(layer) else Adapted
+        _TYPES[kind] = type(f"Adapted{kind.__name__}", (parent, kind), {"kind": kind})
+    return _TYPES[kind]
+
+
+def put_on(layer: nn.Module, mount: Mount) -> Adapted:
+    """Add an adapter to a layer."""
+    if not isinstance(layer, Adapted):
+        layer.__class__ = adapted_type(layer)
+        layer.mounts = nn.ModuleList()  # type: ignore[assignment]
+    adapted = cast(Adapted, layer)
+    adapted.mounts.append(mount)
+    return adapted
+
+
+def take_off(layer: nn.Module, mount: Mount) -> None:
+    """Take an adapter off; the last one leaves the ordinary layer."""
+    adapted = cast(Adapted, layer)
+    left = [other for other in adapted.mounts if other is not mount]
+    if left:
+        adapted.mounts = nn.ModuleList(left)
+        return
+    del adapted.mounts
+    layer.__class__ = cast(Any, type(layer)).kind
+
+
+@dataclass
+class Original:
+    """The frozen parameters of a layer into which adapters were merged."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    merged: list[Mount] = field(default_factory=list)
+
+
+# By layer, not by attachment: several may be merged into one layer, and unmerged in any order.
+_ORIGINALS: WeakKeyDictionary[nn.Module, Original] = WeakKeyDictionary()
+
+
+def original(layer: nn.Module) -> Original:
+    """The frozen parameters, merged or not."""
+    if layer in _ORIGINALS:
+        return _ORIGINALS[layer]
+    parameters = layer._parameters
+    weight = cast(nn.Parameter, parameters[weight_name(layer)])
+    return Original(weight, cast(Any, parameters.get(bias_name(layer))))
+
+
+@torch.no_grad()
+def merge(layer: nn.Module, mount: Mount) -> None:
+    kept = _ORIGINALS.setdefault(layer, original(layer))
+    kept.merged.append(mount)
+    _set_merged(layer, kept)
+
+
+@torch.no_grad()
+def unmerge(layer: nn.Module, mount: Mount) -> None:
+    kept = _ORIGINALS[layer]
+    kept.merged = [other for other in kept.merged if other is not mount]
+    device = cast(Tensor, layer._parameters[weight_name(layer)]).device
+    kept.weight.data = kept.weight.data.to(device)  # the model may have moved meanwhile
+    if kept.bias is not None:
+        kept.bias.data = kept.bias.data.to(device)
+    mount.to(device)
+    if kept.merged:
+        _set_merged(layer, kept)
+        return
+    del _ORIGINALS[layer]
+    layer._parameters[weight_name(layer)] = kept.weight
+    if kept.bias is not None:
+        layer._parameters[bias_name(layer)] = kept.bias
+
+
+def _set_merged(layer: nn.Module, kept: Original) -> None:
+    """W + the sum of what is merged, rounded once."""
+    weight, bias = kept.weight, kept.bias
+    if len(kept.merged) == 1:
+        total = adapted_weight(kept.merged[0], weight)
+    else:
+        total = weight.to(plan.factor_dtype(weight.dtype))
+        for mount in kept.merged:
+            total = total + weight_delta(mount, weight)
+    # Another parameter, not another value: a layer that shares the old one is no target.
+    fresh = total.to(weight.dtype) if total is not weight else weight.clone()
+    layer._parameters[weight_name(layer)] = nn.Parameter(fresh, requires_grad=False)
+    offsets = [offset for mount in kept.merged if (offset := mount.offset()) is not None]
+    if offsets and bias is not None:
+        moved = bias.to(plan.factor_dtype(bias.dtype))
+        for offset in offsets:
+            moved = moved + offset
+        layer._parameters[bias_name(layer)] = nn.Parameter(
+            moved.to(bias.dtype), requires_grad=False
+        )
+
+
+@torch.no_grad()
+def merge_in_place(layer: nn.Module, mount: Mount) -> None:
+    """Fold the adapter into the very tensors of the layer."""
+    weight, bias = original(layer).weight, original(layer).bias
+    kernel = mount.adapter.kernel(tuple(weight.shape))
+    plain = weight.dtype == mount.dtype and (mount.strength == 1.0 or mount.adapter.scaling)
+    if isinstance(kernel, plan.AdditiveKernel) and plain:
+        with plan.exact(weight):
+            kernel.form(weight.data, _evaluated(mount), out=weight.data)
+    else:
+        weight.data.copy_(adapted_weight(mount, weight))
+    offset = mount.offset()
+    if offset is not None and bias is not None:
+        bias.data.copy_(bias.to(mount.dtype) + offset)
+
+
+def _evaluated(mount: Mount, strength: float | None = None) -> Factors:
+    """The factors without what is dropped in training."""
+    training = mount.training
+    mount.training = False
+    try:
+        return mount.current(strength)
+    finally:
+        mount.training = training
+
+
+def adapted_weight(mount: Mount, weight: Tensor) -> Tensor:
+    """W + strength * (W' - W), at least in float32; W itself at strength 0."""
+    if mount.strength == 0.0:
+        return weight
+    if mount.strength != 1.0 and not mount.adapter.scaling:
+        return weight.to(mount.dtype) + weight_delta(mount, weight)
+    with plan.exact(weight):
+        return mount.adapter.adapted(weight.to(mount.dtype), _evaluated(mount))
+
+
+def weight_delta(mount: Mount, weight: Tensor, strength: float | None = None) -> Tensor:
+    """strength * (W' - W), at least in float32."""
+    strength = mount.strength if strength is None else strength
+    with plan.exact(weight):
+        delta = mount.adapter.delta(weight.to(mount.dtype), _evaluated(mount, strength))
+    if strength != 1.0 and not mount.adapter.scaling:
+        delta = strength * delta
+    return delta
