@@ -19,7 +19,7 @@ ORDER = (
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {
-    "adapters": {"base", "geometry", "plan", "lowrank", "options", "layers", "mount"},
+    "adapters": {"base", "geometry", "plan", "lowrank", "options", "layers", "targeting", "mount"},
     "evaluate": {"base", "stage"},
     "engines": set(),
 }

@@ -98,9 +98,27 @@ class Adapter(abc.ABC):
     def file_alpha(self, shape: Shape) -> float | None:
         """The `alpha` that a file carries for such a layer; None where the layout has none."""
 
+    def to_file(self, shape: Shape, factors: Factors) -> Factors:
+        """The tensors that hold these factors in the kohya/LyCORIS layout, by their suffixes.
+
+        Also asked with factors on the meta device, for the shapes that a file must have.
+        """
+        tensors = {}
+        for name, factor in factors.items():
+            suffix = self.file_names[name]
+            if suffix.endswith(".weight"):  # of a layer of this kind: a convolution has taps
+                factor = factor[(..., *[None] * (len(shape) - factor.dim()))]
+            tensors[suffix] = factor
+        return tensors
+
+    def from_file(self, shape: Shape, tensors: Factors) -> Factors:
+        """The factors of which `to_file` made these tensors, whose sizes have been checked."""
+        needed = self.factor_shapes(shape)
+        return {name: tensors[self.file_names[name]].reshape(needed[name]) for name in needed}
+
     @property
     def inner(self) -> "Adapter":
-        """The rule whose factors `use_scalar` and the dropouts act on: this, unless it wraps one."""
+        """The rule whose factors `use_scalar` and the dropouts act on: itself, if it wraps none."""
         return self
 
     def adapted(self, weight: Tensor, factors: Factors) -> Tensor:
@@ -136,9 +154,9 @@ class Adapter(abc.ABC):
         return False
 
     def gate(self, timesteps: Tensor, factors: Factors) -> Tensor:
-        """A row per timestep of what multiplies the components then, which `change` finds as "gate".
+        """A row per timestep of what multiplies the components then.
 
-        Only for adapters that need the timestep.
+        `change` finds it among the factors as "gate". Only for adapters that need the timestep.
         """
         raise TypeError(f"{type(self).__name__} does not depend on the timestep")
 

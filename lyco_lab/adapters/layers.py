@@ -155,6 +155,11 @@ class Adapted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return plan.apply(self, *args, **kwargs)
 
+    def active(self) -> list[Mount]:
+        """The adapters that change anything now."""
+        mounts = [cast(Mount, mount) for mount in self.mounts]
+        return [mount for mount in mounts if mount.strength != 0.0]
+
     def base_forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The frozen layer; with another bias where one is given."""
         if bias is None or bias is self.frozen_bias:

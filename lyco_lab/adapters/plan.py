@@ -339,7 +339,7 @@ def kernel_of(adapter: Adapter, op: Geometry, shape: Shape) -> Kernel:
 
 def apply(layer: "Adapted", x: Tensor) -> Tensor:
     """The layer's output with its adapters."""
-    mounts = [mount for mount in layer.mounts if mount.strength != 0.0]
+    mounts = layer.active()
     if not mounts:
         return layer.base_forward(x)
     bias = layer.bias_with(mounts)

@@ -13,7 +13,7 @@ not. A layer belongs to a preset when a block of a listed class, or a listed nam
 
 from torch import nn
 
-from lyco_lab.adapters.mount import SUPPORTED
+from lyco_lab.adapters.geometry import CONVOLUTIONS
 from lyco_lab.errors import UserError, nearest
 
 PRESETS = ("attn-only", "attn-mlp", "full")
@@ -50,7 +50,7 @@ def match(root: nn.Module, preset: str, part: str) -> list[str]:
     names = [
         name
         for name, module in root.named_modules()
-        if isinstance(module, SUPPORTED)
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS))
         and (name in loose or any(name.startswith(block) for block in blocks))
     ]
     if not names:

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS
 from lyco_lab.adapters.base import Adapter, Ranked, Shape
-from lyco_lab.adapters.mount import SUPPORTED, Mounted, attach
+from lyco_lab.adapters.mount import Mounted, attach
+from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.record import atomic
 
