@@ -17,8 +17,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lyco_lab.adapters import ADAPTERS
-from lyco_lab.config.run import DEFAULT_ADAPTER, Run, adapter_class
+from lyco_lab.adapters import ADAPTERS, check_fields, class_of, holds_adapter
+from lyco_lab.config.run import DEFAULT_ADAPTER, Run
 from lyco_lab.errors import UserError, nearest
 
 Nested = dict[str, Any]
@@ -31,6 +31,10 @@ KEYS = (
     *(f"{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields(cls)),
     *(f"adapter.{key}" for key in sorted(ADAPTER_KEYS)),
 )
+WRAPPING = {  # fields that hold an adapter of their own
+    spec.name for cls in ADAPTERS.values() for spec in fields(cls) if holds_adapter(cls, spec.name)
+}
+INNER_KEYS = tuple(f"adapter.{name}.{key}" for name in WRAPPING for key in sorted(ADAPTER_KEYS))
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ def check_keys(values: Nested, origin: str) -> None:
         if key in values and not (isinstance(values[key], dict) and values[key]):
             raise UserError(f"{key} is {values[key]!r} in {origin}, needs keys of its own")
     for path in _paths(values):
-        if path not in KEYS:
+        if path not in KEYS and path not in INNER_KEYS:
             raise UserError(f"unknown key {path!r} in {origin}{_hint(path)}")
 
 
@@ -136,7 +140,7 @@ def _hint(path: str) -> str:
     same_name = [key for key in KEYS if key.split(".")[-1] == path.split(".")[-1]]
     if len(same_name) == 1:
         return f" (did you mean {same_name[0]!r}?)"
-    return nearest(path, same_name) or nearest(path, KEYS)
+    return nearest(path, same_name) or nearest(path, KEYS + INNER_KEYS)
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -152,7 +156,7 @@ def _merge(below: Nested, above: Nested) -> Nested:
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            changes_kind = key == "adapter" and "kind" in value and _kind(value) != _kind(old)
+            changes_kind = "kind" in value and _kind(value) != _kind(old)
             value = value if changes_kind else _merge(old, value)
         merged[key] = value
     return merged
@@ -180,21 +184,22 @@ def _typed(merged: Nested, origin: str) -> Nested:
     return typed
 
 
-def _adapter(section: Nested, origin: str) -> Nested:
+def _adapter(section: Nested, origin: str, where: str = "adapter") -> Nested:
     section = DEFAULT_ADAPTER | section
     try:
-        cls = adapter_class(section)
+        cls = class_of(section, where)
     except UserError as error:
         raise UserError(f"{error}, in {origin}") from error
-    kind = cls.__name__.lower()
     options = {key: value for key, value in section.items() if key != "kind"}
-    known = [spec.name for spec in fields(cls)]
-    for key in options:
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes no settings"
-            hint = nearest(key, known)
-            raise UserError(f"adapter.{key} in {origin}: {kind!r} has no {key!r}; {takes}{hint}")
-    return {"kind": kind, **_section("adapter.", options, cls, origin)}
+    check_fields(cls, options, where, origin)
+    within = {}
+    for key in [key for key in options if holds_adapter(cls, key)]:
+        value = options.pop(key)
+        if not (isinstance(value, dict) and value):
+            raise UserError(f"{where}.{key} is {value!r} in {origin}, needs keys of its own")
+        within[key] = _adapter(value, origin, f"{where}.{key}")
+    typed = _section(f"{where}.", options, cls, origin)
+    return {"kind": cls.__name__.lower(), **within, **typed}
 
 
 def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:

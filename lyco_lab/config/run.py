@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lyco_lab import record
-from lyco_lab.adapters import ADAPTERS
+from lyco_lab import adapters, record
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.errors import UserError, nearest
 
@@ -190,18 +189,11 @@ class Run:
             )
         # Spelled out in full, so that leaving a field at its default and giving the default by
         # hand are the same run.
-        adapter = self.adapter_value()
-        spelled = {"kind": adapter_class(self.adapter).__name__.lower()}
-        object.__setattr__(self, "adapter", spelled | dataclasses.asdict(adapter))
+        object.__setattr__(self, "adapter", adapters.describe(self.adapter_value()))
 
     def adapter_value(self) -> Adapter:
         """The adapter this run trains."""
-        cls = adapter_class(self.adapter)
-        fields = {key: value for key, value in self.adapter.items() if key != "kind"}
-        try:
-            return cls(**fields)
-        except ValueError as error:
-            raise UserError(f"adapter: {error}") from error
+        return adapters.build(self.adapter)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as config.yaml holds them."""
@@ -215,15 +207,6 @@ class Run:
     @property
     def folder_name(self) -> str:
         return f"{self.name}-{self.hash}"
-
-
-def adapter_class(section: dict[str, Any]) -> type[Adapter]:
-    """The dataclass whose fields are the keys of this `adapter` section."""
-    kind = section.get("kind")
-    if not isinstance(kind, str):
-        raise UserError(f"adapter.kind is {kind!r}, needs one of {', '.join(sorted(ADAPTERS))}")
-    choose("adapter.kind", kind.lower(), sorted(ADAPTERS))
-    return ADAPTERS[kind.lower()]
 
 
 def _plain(value: Any) -> Any:
