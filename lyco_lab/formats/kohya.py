@@ -4,15 +4,25 @@
     lora_te_text_model_LAYER.SUFFIX     the CLIP text encoder, whether or not its class still has
                                         the `text_model` wrapper that the layout spells out
 
-Each adapter's own file says how its factors are called here. `alpha` is a scalar per layer, from
-which readers recompute gamma = alpha / rank. The metadata hold what other readers look for
-(`ss_*`) and `lyco_lab.adapter`, the adapter of each part in full, so nothing is guessed on loading.
-Factors are written in the precision they trained in, and the same factors give the same bytes.
+Each adapter's own file says how its factors are called here. Beside them a layer has
+
+    alpha               a scalar from which readers recompute gamma = alpha / rank
+    diff_b, b_norm      what the layer's bias gains, of a norm layer the latter
+
+The metadata hold what other readers look for (`ss_*`) and, so that nothing is guessed on loading,
+`lyco_lab.adapter`, the adapter of each part in full, `lyco_lab.layers`, the adapters of the layers
+that have another one, and `lyco_lab.options`. A scalar that trained beside the factors is
+multiplied into them. Factors are written in the precision they trained in unless told otherwise,
+and the same factors give the same bytes.
+
+`foreign.py` reads files of the same layout that other programs wrote.
 """
 
 import dataclasses
+import glob
 import json
 import struct
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,25 +32,45 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lyco_lab.adapters import ADAPTERS
-from lyco_lab.adapters.base import Adapter, Ranked, Shape
+from lyco_lab.adapters import ADAPTERS, build, describe
+from lyco_lab.adapters.base import Adapter, Factors, Ranked, Shape
+from lyco_lab.adapters.layers import BIAS, SCALAR, original, shape_of
 from lyco_lab.adapters.mount import Mounted, attach
+from lyco_lab.adapters.options import Options, Override
 from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.record import atomic
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
 OURS = "lyco_lab.adapter"  # the metadata key under which a file names its adapters
+LAYERS, OPTIONS = "lyco_lab.layers", "lyco_lab.options"
+ALPHA = "alpha"
+
+# How LyCORIS calls settings that have another name here.
+ARGUMENTS = {
+    "tucker": "use_tucker",
+    "rank_stabilised": "rs_lora",
+    "unbalanced": "unbalanced_factorization",
+}
 
 Layers = dict[str, dict[str, Tensor]]  # the layer as the file calls it -> suffix -> tensor
 
 
-def save(path: Path, parts: Mapping[str, Mounted], metadata: Mapping[str, str]) -> None:
-    """Write the adapters mounted on `parts` ("unet", "text_encoder") to one file."""
+def save(
+    path: Path,
+    parts: Mapping[str, Mounted],
+    metadata: Mapping[str, str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write the adapters mounted on `parts` ("unet", "text_encoder") to one file.
+
+    `dtype`, such as torch.float16, makes a smaller file, of factors that are rounded to it.
+    """
     path = Path(path)
     if not parts:
         raise UserError(f"cannot write {path}: no part carries an adapter")
-    if path.exists() and OURS not in _metadata(path):
+    if path.exists() and OURS not in read_metadata(path):
         raise UserError(f"{path} is not a file of lyco_lab: move it away or write elsewhere")
     tensors: dict[str, Tensor] = {}
     for part, mounted in parts.items():
@@ -49,16 +79,15 @@ def save(path: Path, parts: Mapping[str, Mounted], metadata: Mapping[str, str]) 
                 key = f"{file_layer(part, name)}.{suffix}"
                 if key in tensors:
                     raise UserError(f"two layers of the {part} are both {key} in a kohya file")
-                tensors[key] = tensor
-    adapters = {part: mounted.adapter for part, mounted in parts.items()}
-    data = safetensors.torch.save(tensors, {**_standard_metadata(adapters), **metadata})
+                tensors[key] = _rounded(key, tensor, dtype)
+    data = safetensors.torch.save(tensors, {**_standard(parts), **_ours(parts), **metadata})
     with atomic(path) as temporary:
         temporary.write_bytes(_in_order(data))
 
 
 def load(path: Path) -> tuple[dict[str, Layers], dict[str, str]]:
     """The tensors of a file by part and layer, and its metadata."""
-    metadata = _metadata(path)
+    metadata = read_metadata(path)
     parts: dict[str, Layers] = {}
     for key, tensor in safetensors.torch.load_file(path).items():
         layer, _, suffix = key.partition(".")
@@ -77,30 +106,51 @@ def apply(path: Path, models: Mapping[str, nn.Module]) -> dict[str, Mounted]:
     as it is; a part of the file without a model is an error.
     """
     parts, metadata = load(path)
-    adapters = _adapters(path, metadata)
+    described = _described(path, metadata)
     states: dict[str, dict[str, Tensor]] = {}
-    names: dict[str, list[str]] = {}
+    chosen: dict[str, dict[str, Adapter]] = {}
     for part, layers in parts.items():
-        if part not in models or part not in adapters:
+        if part not in models or part not in described:
             lacking = "model was given" if part not in models else f"adapter is in its {OURS!r}"
             raise UserError(f"{path} adapts the {part}, but no {lacking} for it")
-        known = {
-            file_layer(part, name): (name, tuple(module.weight.shape))
-            for name, module in models[part].named_modules()
-            if isinstance(module, SUPPORTED)
-        }
-        states[part], names[part] = {}, []
+        known = file_layers(part, models[part])
+        states[part], chosen[part] = {}, {}
         for layer, tensors in layers.items():
-            if layer not in known:
+            if len(known.get(layer, [])) != 1:
                 kind = type(models[part]).__name__
+                if layer in known:
+                    raise UserError(f"{path}: {' and '.join(known[layer])} of {kind} are {layer!r}")
                 raise UserError(f"{path}: {kind} has no layer {layer!r}{nearest(layer, known)}")
-            name, shape = known[layer]
-            names[part].append(name)
-            factors = _factors(f"{path}, {layer}", adapters[part], tensors, shape)
+            (name,) = known[layer]
+            module, adapter = models[part].get_submodule(name), described[part].of(name)
+            factors = read(f"{path}, {layer}", adapter, tensors, module)
+            _check_alpha(f"{path}, {layer}", adapter, tensors.get(ALPHA), shape_of(module))
+            if described[part].options.use_scalar:
+                factors[SCALAR] = torch.ones(())
+            chosen[part][name] = adapter
             states[part] |= {f"{name}.{key}": factor for key, factor in factors.items()}
-    mounted = {part: attach(models[part], adapters[part], names[part], seed=0) for part in states}
-    for part, state in states.items():
-        mounted[part].load_state_dict(state)
+    return {
+        part: mount(models[part], described[part].adapter, chosen[part], state, options)
+        for part, state in states.items()
+        for options in [described[part].options]
+    }
+
+
+def mount(
+    model: nn.Module,
+    adapter: Adapter,
+    chosen: Mapping[str, Adapter],
+    state: Mapping[str, Tensor],
+    options: Options | None = None,
+) -> Mounted:
+    """Put on each layer what was chosen for it, mostly `adapter`, with the factors in `state`."""
+    overrides = {
+        glob.escape(name): Override(adapter=other)
+        for name, other in chosen.items()
+        if other != adapter
+    }
+    mounted = attach(model, adapter, list(chosen), seed=0, options=options, overrides=overrides)
+    mounted.load_state_dict(state)
     return mounted
 
 
@@ -113,90 +163,59 @@ def file_layer(part: str, name: str) -> str:
     return PREFIXES[part] + name.replace(".", "_")
 
 
-def _file_tensors(mounted: Mounted, name: str) -> dict[str, Tensor]:
-    adapter, shape = mounted.adapter, tuple(mounted.base_weight(name).shape)
-    tensors = {}
-    for key, factor in mounted.factors(name).items():
-        suffix = adapter.file_names[key]
-        tensors[suffix] = factor.detach().cpu().contiguous()
-        if suffix.endswith(".weight"):  # weights of a layer of this kind: convolutions get taps
-            missing = len(shape) - factor.dim()
-            tensors[suffix] = tensors[suffix].view(*factor.shape, *[1] * missing)
-    alpha = adapter.file_alpha(shape)
-    if alpha is not None:
-        tensors["alpha"] = torch.tensor(alpha)
+def file_layers(part: str, model: nn.Module) -> dict[str, list[str]]:
+    """The layers that can carry an adapter, by what the layout calls them."""
+    found = defaultdict(list)
+    for name, module in model.named_modules():
+        sizes = (getattr(module, key, None) for key in ("in_features", "out_features"))
+        if isinstance(module, SUPPORTED) or all(isinstance(size, int) for size in sizes):
+            found[file_layer(part, name)].append(name)
+    return dict(found)
+
+
+def bias_suffix(adapter: Adapter) -> str:
+    return "b_norm" if adapter.takes == "norm" else "diff_b"
+
+
+def layout(adapter: Adapter, module: nn.Module) -> dict[str, Shape]:
+    """The tensors but alpha that a file holds for this adapter on this layer, and their shapes."""
+    shape, bias = shape_of(module), original(module).bias
+    factors = {
+        name: torch.empty(size, device="meta")
+        for name, size in adapter.factor_shapes(shape).items()
+    }
+    tensors = {key: tuple(t.shape) for key, t in adapter.to_file(shape, factors).items()}
+    if adapter.trains_bias() and bias is not None:
+        tensors[bias_suffix(adapter)] = tuple(bias.shape)
     return tensors
 
 
-def _factors(
-    where: str, adapter: Adapter, tensors: Mapping[str, Tensor], shape: Shape
-) -> dict[str, Tensor]:
-    """The factors that `_file_tensors` wrote, checked against what the adapter needs."""
+def read(where: str, adapter: Adapter, tensors: Mapping[str, Tensor], module: nn.Module) -> Factors:
+    """The factors that these tensors hold, checked against what the adapter needs on the layer."""
+    shape = shape_of(module)
     adapter.check(shape)
-    factors = {}
-    needed = adapter.factor_shapes(shape)
-    left = dict(tensors)
-    for key, factor_shape in needed.items():
-        suffix = adapter.file_names[key]
+    left, fitting = dict(tensors), {}
+    for suffix, size in layout(adapter, module).items():
         tensor = left.pop(suffix, None)
         if tensor is None:
             raise UserError(f"{where}: {adapter} needs {suffix!r}, the file has {sorted(tensors)}")
-        if tensor.numel() != torch.Size(factor_shape).numel():
+        if tensor.numel() != torch.Size(size).numel():
+            while len(size) > tensor.dim() and size[-1] == 1:
+                size = size[:-1]  # taps that this file does not write either
             raise UserError(
                 f"{where}: {suffix!r} has shape {tuple(tensor.shape)}, "
-                f"{adapter} needs {factor_shape} for a weight of shape {shape}"
+                f"{adapter} needs {size} for a weight of shape {shape}"
             )
-        factors[key] = tensor.view(factor_shape)
-    alpha, expected = left.pop("alpha", None), adapter.file_alpha(shape)
-    if expected is not None and (alpha is None or alpha != torch.tensor(expected)):
-        given = None if alpha is None else alpha.item()
-        raise UserError(f"{where}: alpha is {given}, but {adapter} means {expected}")
+        fitting[suffix] = tensor.reshape(size)
+    left.pop(ALPHA, None)
     if left:
         raise UserError(f"{where}: {adapter} has no use for {sorted(left)}")
-    return factors
+    offset = fitting.pop(bias_suffix(adapter), None) if adapter.trains_bias() else None
+    factors = adapter.from_file(shape, fitting)
+    return factors if offset is None else {**factors, BIAS: offset}
 
 
-def _standard_metadata(adapters: Mapping[str, Adapter]) -> dict[str, str]:
-    """The least that readers of the layout look for, and our own exact description."""
-    first = next(iter(adapters.values()))
-    fields = dataclasses.asdict(first)
-    arguments: dict[str, Any] = {"algo": first.file_algo}
-    rank, alpha = fields.pop("rank", 1), fields.pop("alpha", 1.0)
-    if isinstance(first, Ranked):
-        conv_rank, conv_alpha = fields.pop("conv_rank"), fields.pop("conv_alpha")
-        arguments["conv_dim"] = rank if conv_rank is None else conv_rank
-        arguments["conv_alpha"] = alpha if conv_alpha is None else conv_alpha
-    described = {
-        part: {"kind": type(adapter).__name__.lower(), **dataclasses.asdict(adapter)}
-        for part, adapter in adapters.items()
-    }
-    return {
-        "ss_v2": "False",
-        "ss_base_model_version": "sd_v1",
-        "ss_network_module": "lycoris.kohya",
-        "ss_network_dim": str(rank),
-        "ss_network_alpha": str(alpha),
-        "ss_network_args": json.dumps({**arguments, **fields}),
-        OURS: json.dumps(described),
-    }
-
-
-def _adapters(path: Path, metadata: Mapping[str, str]) -> dict[str, Adapter]:
-    if OURS not in metadata:
-        raise UserError(f"{path} has no {OURS!r} in its metadata: it was not written by lyco_lab")
-    adapters = {}
-    for part, fields in json.loads(metadata[OURS]).items():
-        kind = fields.pop("kind")
-        if kind not in ADAPTERS:
-            raise UserError(f"{path} holds an unknown adapter {kind!r}{nearest(kind, ADAPTERS)}")
-        try:
-            adapters[part] = ADAPTERS[kind](**fields)
-        except TypeError as error:
-            raise UserError(f"{path}: its {kind} was written with other fields: {error}") from error
-    return adapters
-
-
-def _metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -204,6 +223,143 @@ def _metadata(path: Path) -> dict[str, str]:
         raise UserError(f"there is no adapter file {path}") from None
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} is not a safetensors file: {error}") from error
+
+
+@torch.no_grad()
+def _file_tensors(mounted: Mounted, name: str) -> dict[str, Tensor]:
+    adapter, shape = mounted.adapter_of(name), shape_of(mounted.layers[name])
+    factors = mounted.factors(name)
+    offset = factors.pop(BIAS, None)
+    if SCALAR in factors:
+        factors = mounted.rule_factors(name)
+    tensors = adapter.to_file(shape, factors)
+    if offset is not None:
+        tensors[bias_suffix(adapter)] = offset
+    tensors = {suffix: tensor.detach().cpu().contiguous() for suffix, tensor in tensors.items()}
+    alpha = adapter.file_alpha(shape)
+    if alpha is not None:
+        tensors[ALPHA] = torch.tensor(float(alpha))
+    return tensors
+
+
+def _rounded(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or not tensor.is_floating_point() or key.endswith(f".{ALPHA}"):
+        return tensor  # an alpha that overflowed or lost digits would scale the whole layer
+    rounded = tensor.to(dtype)
+    if not torch.equal(torch.isfinite(rounded), torch.isfinite(tensor)):
+        raise UserError(
+            f"{key} holds {tensor.abs().max().item():.3g}, more than {dtype} can: "
+            "write torch.bfloat16 or torch.float32"
+        )
+    return rounded
+
+
+def _check_alpha(where: str, adapter: Adapter, alpha: Tensor | None, shape: Shape) -> None:
+    expected = adapter.file_alpha(shape)
+    if expected is None and alpha is not None:
+        raise UserError(f"{where}: {adapter} has no use for {[ALPHA]}")
+    if expected is not None and (alpha is None or alpha != torch.tensor(float(expected))):
+        given = None if alpha is None else alpha.item()
+        raise UserError(f"{where}: alpha is {given}, but {adapter} means {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What the metadata say of a part."""
+
+    adapter: Adapter
+    others: Mapping[str, Adapter]  # of the layers that have another one
+    options: Options
+
+    def of(self, name: str) -> Adapter:
+        return self.others.get(name, self.adapter)
+
+
+def _ours(parts: Mapping[str, Mounted]) -> dict[str, str]:
+    """The exact description of what was mounted."""
+    described: dict[str, Any] = {
+        OURS: {part: describe(mounted.adapter) for part, mounted in parts.items()}
+    }
+    layers, options = {}, {}
+    for part, mounted in parts.items():
+        groups: dict[Adapter, list[str]] = defaultdict(list)
+        for name in mounted.layers:
+            if mounted.adapter_of(name) != mounted.adapter:
+                groups[mounted.adapter_of(name)].append(name)
+        if groups:
+            layers[part] = [
+                {"adapter": describe(adapter), "layers": names} for adapter, names in groups.items()
+            ]
+        chosen = _options(mounted)
+        if chosen != Options():
+            options[part] = dataclasses.asdict(chosen)
+    described |= {LAYERS: layers} if layers else {}
+    described |= {OPTIONS: options} if options else {}
+    return {key: json.dumps(value) for key, value in described.items()}
+
+
+def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, _Part]:
+    if OURS not in metadata:
+        raise UserError(
+            f"{path} has no {OURS!r} in its metadata: it was not written by lyco_lab; "
+            "formats.foreign reads files of other programs"
+        )
+    sections = json.loads(metadata[OURS])
+    layers = json.loads(metadata.get(LAYERS, "{}"))
+    options = json.loads(metadata.get(OPTIONS, "{}"))
+    return {
+        part: _Part(
+            _build(path, section),
+            {
+                name: adapter
+                for group in layers.get(part, ())
+                for adapter in [_build(path, group["adapter"])]
+                for name in group["layers"]
+            },
+            Options(**options.get(part, {})),
+        )
+        for part, section in sections.items()
+    }
+
+
+def _build(path: Path, section: Mapping[str, Any]) -> Adapter:
+    kind = section.get("kind")
+    if kind not in ADAPTERS:
+        raise UserError(f"{path} holds an unknown adapter {kind!r}{nearest(str(kind), ADAPTERS)}")
+    try:
+        return build(section)
+    except UserError as error:
+        raise UserError(f"{path}: its {kind} was written with other fields: {error}") from error
+
+
+def _options(mounted: Mounted) -> Options:
+    return mounted.options_of(next(iter(mounted.layers)))
+
+
+def _standard(parts: Mapping[str, Mounted]) -> dict[str, str]:
+    """The least that readers of the layout look for."""
+    mounted = next(iter(parts.values()))
+    outer, adapter, options = mounted.adapter, mounted.adapter.inner, _options(mounted)
+    fields = {ARGUMENTS.get(key, key): value for key, value in describe(adapter).items()}
+    del fields["kind"]
+    arguments: dict[str, Any] = {"algo": adapter.file_algo}
+    rank, alpha = fields.pop("rank", 1), fields.pop("alpha", 1.0)
+    if isinstance(adapter, Ranked):
+        conv_rank, conv_alpha = fields.pop("conv_rank"), fields.pop("conv_alpha")
+        arguments["conv_dim"] = rank if conv_rank is None else conv_rank
+        arguments["conv_alpha"] = alpha if conv_alpha is None else conv_alpha
+    if outer is not adapter:
+        arguments["dora_wd"] = True
+    if options != Options():
+        fields |= dataclasses.asdict(options)
+    return {
+        "ss_v2": "False",
+        "ss_base_model_version": "sd_v1",
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(alpha),
+        "ss_network_args": json.dumps({**arguments, **fields}),
+    }
 
 
 def _in_order(data: bytes) -> bytes:
