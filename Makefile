@@ -34,8 +34,9 @@ check: setup ## lint, format, types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# What begins with _ is shared by the scripts, and none itself.
 bench: setup ## one script per question of speed
-	@set -e; for script in tests/benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in tests/benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
 
 paper: setup ## the paper's figures, from the committed tables
 	$(MAKE) -C paper PYTHON=$(CURDIR)/$(BIN)/python
