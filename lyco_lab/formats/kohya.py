@@ -166,11 +166,19 @@ def file_layer(part: str, name: str) -> str:
 def file_layers(part: str, model: nn.Module) -> dict[str, list[str]]:
     """The layers that can carry an adapter, by what the layout calls them."""
     found = defaultdict(list)
+    for name in adaptable(model):
+        found[file_layer(part, name)].append(name)
+    return dict(found)
+
+
+def adaptable(model: nn.Module) -> list[str]:
+    """The names of the layers that can carry an adapter."""
+    names = []
     for name, module in model.named_modules():
         sizes = (getattr(module, key, None) for key in ("in_features", "out_features"))
         if isinstance(module, SUPPORTED) or all(isinstance(size, int) for size in sizes):
-            found[file_layer(part, name)].append(name)
-    return dict(found)
+            names.append(name)
+    return names
 
 
 def bias_suffix(adapter: Adapter) -> str:
