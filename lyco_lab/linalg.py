@@ -40,6 +40,21 @@ def kron(left_US: Tensor, right_VTk: Tensor) -> Tensor:
 
 
 def kaiming(like: Tensor, *shape: int, fan_in: int, rng: Generator) -> Tensor:
+def through_core(core_RRk: Tensor, a_RQ: Tensor) -> Tensor:
+    """The kernel of R x Q channels that does the work of a single tap A and then of a core.
+
+    out[r, q, k] = sum_s core[r, s, k] A[s, q]
+    """
+    return (core_RRk.movedim(1, -1) @ a_RQ).movedim(-1, 1).contiguous()
+
+
+def through_core_grads(core_RRk: Tensor, a_RQ: Tensor, grad_RQk: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of core and A from that of `through_core`."""
+    grad_RkQ = grad_RQk.movedim(1, -1)
+    core_NR = core_RRk.movedim(1, -1).flatten(0, -2)  # N the pairs of an output and a tap
+    return (grad_RkQ @ a_RQ.t()).movedim(-1, 1), core_NR.t() @ grad_RkQ.flatten(0, -2)
+
+
     """Uniform on +-1/sqrt(fan_in), with the dtype and device of `like`.
 
     The same as torch's `kaiming_uniform_` with a = sqrt(5), with which its own layers start.

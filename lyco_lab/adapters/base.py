@@ -196,6 +196,7 @@ class Layer(abc.ABC):
     @abc.abstractmethod
     def weight(self) -> Tensor:
         """W, at least in float32."""
+    groups: int  # of a convolution, whose outputs of one group see inputs that no others do
 
     @abc.abstractmethod
     def base(self, x: Tensor) -> Tensor:
@@ -216,6 +217,13 @@ class Layer(abc.ABC):
     @abc.abstractmethod
     def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
         """`apply`, a map of vectors on the last axis, at each position of an input."""
+
+    @abc.abstractmethod
+    def narrow_each(self, x: Tensor, a_RT: Tensor, count: int) -> Tensor:
+        """A on each of `count` equal groups of the input's channels, results side by side.
+
+        A has the layer's kernel. Needs `multiplies`, and channels that the layer has not grouped.
+        """
 
     @abc.abstractmethod
     def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:

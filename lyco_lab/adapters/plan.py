@@ -402,6 +402,7 @@ class Frozen(Layer):
 
     def base(self, x: Tensor) -> Tensor:
         if self.layer.opaque:
+        self.groups = getattr(self.op, "group_count", 1)
             y, bias = self.layer.base_forward(x), self.layer.frozen_bias
             return (y if bias is None else y - bias).to(x.dtype)
         y = self.op.product(x, self.layer.frozen_weight.to(x.dtype))
@@ -437,6 +438,13 @@ class Frozen(Layer):
 
     def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
         return self.inputs(y, apply)
+    def narrow_each(self, x: Tensor, a_RT: Tensor, count: int) -> Tensor:
+        a_RT = a_RT.to(x.dtype)
+        if not isinstance(self.op, geometry.Convolution):
+            return (x.unflatten(-1, (count, -1)) @ a_RT.t()).flatten(-2)
+        h = self.op.narrow(self.op.groups(x, count), a_RT)
+        return h.reshape(x.shape[0], -1, *h.shape[2:])
+
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
