@@ -19,10 +19,13 @@ ORDER = (
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {
-    "adapters": {"base", "geometry", "plan", "lowrank", "options", "layers", "targeting", "mount"},
+    "adapters": {
+        "attention", "base", "geometry", "layers", "lowrank", "mount", "options", "plan",
+        "rescale", "rotation", "targeting",
+    },
     "evaluate": {"base", "stage"},
     "engines": set(),
-}
+}  # fmt: skip
 
 
 def imported(path: Path, package: str) -> Iterator[str]:

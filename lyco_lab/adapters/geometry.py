@@ -9,6 +9,9 @@ and for factors of rank R, A of R x Q (with the layer's kernel) and B of P x R (
     down          gh = B^T gy              side_          gx += A^T gh, in place
     outer         sum gy h^T
 
+    ride          V^T gy, and B^T V: the rows of B^T ride along as if they were tokens
+    dots          sum one * (other - b) over positions, per channel
+
 A position is a token of a linear layer or a pixel of a convolution; T counts the output's. Rank-R
 activations are kept rank-first in memory, (R, T): skinny products are up to three times faster
 that way, and transposing back is free.
@@ -81,6 +84,18 @@ def flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+# Entries that are worked on at a time where a product of activations is summed: what a core's own
+# cache holds.
+BLOCK = 1 << 17
+
+
+def blocks(x: Tensor, axis: int) -> int:
+    """How much of an axis to take at a time; all of it where there is nothing to gain."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(1, x.shape[axis])
+    return max(1, BLOCK * x.shape[axis] // max(1, x.numel()))
+
+
 @dataclass(frozen=True)
 class Linear(Geometry):
     multiplies: ClassVar[bool] = True
@@ -117,6 +132,24 @@ class Linear(Geometry):
 
     def outer(self, gy: Tensor, h: Tensor) -> Tensor:
         return (h.t() @ flat(gy)).t()
+
+    def ride(
+        self, gy: Tensor, x_shape: Shape, b_RP: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        tokens = flat(gy)
+        T, Q = len(tokens), weight.shape[1]
+        if T > Q:  # copying the tokens would cost more
+            return gy @ weight, b_RP @ weight
+        x = torch.cat([tokens, b_RP]) @ weight
+        return x[:T].view(x_shape), x[T:]
+
+    def dots(self, one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
+        one, other = flat(one), flat(other)
+        size = blocks(one, 0)
+        total = one.new_zeros(one.shape[1])
+        for part, of in zip(one.split(size), other.split(size), strict=True):
+            total += (part * of if bias is None else (of - bias).mul_(part)).sum(0)
+        return total
 
     def groups(self, x: Tensor, count: int) -> Tensor:
         """Each position's channels as `count` vectors: (T * count, channels / count)."""
@@ -212,6 +245,22 @@ class Convolution(Geometry):
     def outer(self, gy: Tensor, h: Tensor) -> Tensor:
         return (gy.flatten(2) @ h.flatten(2).transpose(1, 2)).sum(0)
 
+    def ride(
+        self, gy: Tensor, x_shape: Shape, b_RP: Tensor, weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return self.grad_input(gy, x_shape, weight), b_RP @ weight.flatten(1)
+
+    def dots(self, one: Tensor, other: Tensor, bias: Tensor | None) -> Tensor:
+        size = blocks(one[0], 0) if len(one) else 1
+        total = one.new_zeros(one.shape[1])
+        for x, y in zip(one.flatten(2), other.flatten(2), strict=True):
+            for first in range(0, len(total), size):
+                part, of, into = (z[first : first + size] for z in (x, y, total))
+                if bias is not None:
+                    of = of - bias[first : first + size, None]
+                into += (part * of).sum(1)
+        return total
+
     def groups(self, x: Tensor, count: int) -> Tensor:
         return x.reshape(-1, x.shape[1] // count, *x.shape[2:])
 
@@ -255,6 +304,12 @@ class Normalisation(Geometry):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.scale(x, weight, bias)
+
+    def first(self, y: Tensor) -> Tensor:
+        return y.movedim(1, -1) if self.channels_first else y
+
+    def last(self, y: Tensor) -> Tensor:
+        return y.movedim(-1, 1) if self.channels_first else y
 
 
 def of(layer: nn.Module) -> Geometry:

@@ -185,16 +185,16 @@ def _typed(merged: Nested, origin: str) -> Nested:
 
 
 def _adapter(section: Nested, origin: str, where: str = "adapter") -> Nested:
-    section = DEFAULT_ADAPTER | section
+    section = {**DEFAULT_ADAPTER, **section}
     try:
         cls = class_of(section, where)
     except UserError as error:
         raise UserError(f"{error}, in {origin}") from error
-    options = {key: value for key, value in section.items() if key != "kind"}
+    options: Nested = {key: value for key, value in section.items() if key != "kind"}
     check_fields(cls, options, where, origin)
-    within = {}
+    within: Nested = {}
     for key in [key for key in options if holds_adapter(cls, key)]:
-        value = options.pop(key)
+        value: Any = options.pop(key)
         if not (isinstance(value, dict) and value):
             raise UserError(f"{where}.{key} is {value!r} in {origin}, needs keys of its own")
         within[key] = _adapter(value, origin, f"{where}.{key}")

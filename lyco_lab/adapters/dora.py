@@ -1,0 +1,161 @@
+"""DoRA: magnitude and direction of each row apart, over an adapter that adds to the weight.
+
+    W' = m * V / |V|            V = W + gamma * T(factors)
+
+|V| holds the length of each row of the unrolled V, or with axis "in" of each column, which is an
+input with all its taps; m, which trains too, starts at |W|. With `detached` the gradient takes |V|
+as constant: the paper's section 4.3, and what PEFT does.
+
+Written as a change, with s = m / |V| and without a difference of two numbers that are nearly equal:
+
+    W' - W = (s - 1) W + s gamma T
+    s - 1  = ((m - |W|) - (|V| - |W|)) / |V|
+    |V| - |W| = sum (2 W + gamma T) gamma T / (|V| + |W|)
+
+A row of zeros has no direction: there s is 1 while V is 0 as well. The strength multiplies W' - W.
+
+Shapes: P outputs, Q inputs.
+
+Reference:
+    DoRA: Weight-Decomposed Low-Rank Adaptation (Liu et al., 2024), https://arxiv.org/abs/2402.09353
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from lyco_lab.adapters import plan
+from lyco_lab.adapters.base import Adapter, Additive, Factors, Layer, Shape
+from lyco_lab.adapters.rescale import Normalised, along, norms, sums
+from lyco_lab.errors import UserError, nearest
+from lyco_lab.linalg import unrolled
+
+MAGNITUDE = "magnitude"
+AXES = ("out", "in")
+
+
+def _lora() -> Adapter:
+    from lyco_lab.adapters import ADAPTERS  # not at the top, where they are being found
+
+    return ADAPTERS["lora"]()
+
+
+@dataclass(frozen=True)
+class DoRA(Adapter):
+    of: Adapter = field(default_factory=_lora)  # what adds to the weight
+    axis: str = "out"  # a magnitude per output, or per input: "in"
+    detached: bool = False  # no gradient through the norms
+
+    no_degree: ClassVar = (
+        "it is homogeneous in the magnitude alone; the norm undoes the scale of the other factors"
+    )
+
+    def __post_init__(self) -> None:
+        need = "an adapter that adds to the weight, such as lora, loha, lokr or native"
+        if not isinstance(self.of, Additive) or self.of.takes != "matrix":
+            self.refuse("of", self.of, need)
+        if self.of.needs_timestep():
+            self.refuse("of", self.of, f"{need}: W' is not one weight where it depends on the time")
+        if self.axis not in AXES:
+            hint = nearest(str(self.axis), AXES)
+            raise UserError(f"DoRA needs axis to be 'out' or 'in', got {self.axis!r}{hint}")
+
+    @property
+    def inner(self) -> Adapter:
+        return self.of
+
+    @property
+    def file_algo(self) -> str:  # type: ignore[override]
+        return self.of.file_algo
+
+    @property
+    def file_names(self) -> Mapping[str, str]:  # type: ignore[override]
+        return {**self.of.file_names, MAGNITUDE: "dora_scale"}
+
+    @property
+    def untrained(self) -> frozenset[str]:  # type: ignore[override]
+        return self.of.untrained
+
+    @property
+    def columns(self) -> bool:
+        return self.axis == "in"
+
+    def init(self, weight: Tensor, rng: Generator) -> Factors:
+        m = norms(weight, self.columns).view(along(tuple(weight.shape), self.columns))
+        return {**self.of.init(weight, rng), MAGNITUDE: m}
+
+    def delta(self, weight: Tensor, factors: Factors) -> Tensor:
+        change = self.of.delta(weight, _without(factors))
+        excess = self.excess(weight, change, factors[MAGNITUDE])
+        return excess * weight + (1 + excess) * change
+
+    def excess(self, weight: Tensor, change: Tensor, m: Tensor) -> Tensor:
+        """s - 1, in the shape of m."""
+        n_W, n = (norms(one, self.columns) for one in (weight, weight + change))
+        more = sums((2 * weight + change) * change, self.columns)
+        empty = n == 0
+        growth = more / torch.where(empty, 1.0, n + n_W)
+        n = torch.where(empty, 1.0, n)
+        if self.detached:
+            growth, n = growth.detach(), n.detach()
+        excess = ((m.flatten() - n_W) - growth) / n
+        return torch.where(empty, 0.0, excess).view_as(m)
+
+    def change(self, layer: Layer, x: Tensor, factors: Factors) -> Tensor:
+        if not layer.multiplies:
+            return super().change(layer, x, factors)
+
+        def excess(*values: Tensor) -> Tensor:
+            given, weight = dict(zip(factors, values, strict=True)), layer.weight()
+            change = self.of.delta(weight, _without(given))
+            return self.excess(weight, change, given[MAGNITUDE]).flatten()
+
+        e, rest = plan.recomputed(excess, *factors.values()), _without(factors)
+        if self.columns:
+            z = layer.base(layer.inputs(x, Times(e)))
+            return z + self.of.change(layer, layer.inputs(x, Times(1 + e)), rest)
+        z = layer.outputs(layer.base(x), Times(e))
+        return z + layer.outputs(self.of.change(layer, x, rest), Times(1 + e))
+
+    def kernel(self, shape: Shape) -> Normalised | None:
+        kernel = self.of.kernel(shape)
+        if not isinstance(kernel, plan.AdditiveKernel):
+            return None
+        return Normalised(shape, kernel, MAGNITUDE, self.columns, self.detached)
+
+    def degree(self, shape: Shape) -> None:
+        return None
+
+    def num_params(self, shape: Shape) -> int:
+        return self.of.num_params(shape) + shape[1 if self.columns else 0]
+
+    def max_rank(self, shape: Shape) -> int:
+        return min(unrolled(shape))  # s - 1 is diagonal and generic, and so is W
+
+    def file_alpha(self, shape: Shape) -> float | None:
+        return self.of.file_alpha(shape)
+
+    def fitted(self, shape: Shape) -> "DoRA":
+        return replace(self, of=self.of.fitted(shape))
+
+    def trains_bias(self) -> bool:
+        return self.of.trains_bias()
+
+
+def _without(factors: Factors) -> Factors:
+    """The factors of the adapter within."""
+    return {name: factor for name, factor in factors.items() if name != MAGNITUDE}
+
+
+@dataclass(frozen=True)
+class Times:
+    """Each channel times its number; the inputs of a group, times those of its columns."""
+
+    by: Tensor
+
+    def __call__(self, v: Tensor) -> Tensor:
+        by = self.by.to(v.dtype)
+        return v * by.repeat(v.shape[-1] // by.numel())
