@@ -21,16 +21,25 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lyco_lab.adapters.base import Adapter, Factors, Shape
+from lyco_lab.adapters import ADAPTERS
+from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
+from lyco_lab.adapters.boft import BOFT
+from lyco_lab.adapters.dora import MAGNITUDE, DoRA
+from lyco_lab.adapters.glora import GLoRA
+from lyco_lab.adapters.ia3 import IA3
 from lyco_lab.adapters.layers import BIAS, is_opaque, original, shape_of
 from lyco_lab.adapters.loha import LoHa
+from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import Mounted, survey
 from lyco_lab.adapters.native import Native
 from lyco_lab.adapters.norm import Norm
+from lyco_lab.adapters.oft import OFT
+from lyco_lab.adapters.rotation import Rotation
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.formats import kohya
 from lyco_lab.formats.kohya import ALPHA
+from lyco_lab.linalg import kron
 
 # What a key may begin with, and the part of the model it then speaks of. Text encoders are written
 # with and without `text_model`, as their classes have it, and numbered where a model has several.
@@ -112,13 +121,30 @@ def interpret(tensors: Mapping[str, Tensor], module: nn.Module) -> Reading:
         suffix: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
         for suffix, tensor in given.items()
     }
+    magnitude = given.pop(_MAGNITUDE, None)
     adapter = _READERS[marker](given, shape_of(module))
     try:
         reading = _fitted(adapter, given, module)
     except UserError as error:
-        reading = _whole(adapter, given, module, str(error))
+        reading = _whole(marker, adapter, given, module, str(error))
+    if magnitude is not None and isinstance(reading.adapter, Additive):
+        reading = _decomposed(reading, magnitude, shape_of(module))
     names = {suffix for suffix in tensors if _ALIASES.get(suffix, suffix) in reading.used}
     return Reading(reading.adapter, reading.factors, frozenset(names), reading.note)
+
+
+def _decomposed(reading: Reading, magnitude: Tensor, shape: Shape) -> Reading:
+    """With a magnitude for each output, or for each input where it is 1 x Q."""
+    outputs = magnitude.numel() == shape[0] and magnitude.shape[0] == shape[0]
+    if not outputs and magnitude.numel() != shape[1]:
+        raise UserError(
+            f"{_MAGNITUDE!r} has shape {tuple(magnitude.shape)}, needs an entry for each of the "
+            f"{shape[0]} outputs or 1 x {shape[1]} inputs"
+        )
+    adapter = DoRA(of=reading.adapter, axis="out" if outputs else "in")
+    size = adapter.factor_shapes(shape)[MAGNITUDE]
+    factors = {**reading.factors, MAGNITUDE: magnitude.reshape(size)}
+    return Reading(adapter, factors, reading.used | {_MAGNITUDE}, f"DoRA over {reading.note}")
 
 
 def _fitted(adapter: Adapter, given: Tensors, module: nn.Module) -> Reading:
@@ -126,7 +152,8 @@ def _fitted(adapter: Adapter, given: Tensors, module: nn.Module) -> Reading:
     if _OFFSET in given and not adapter.trains_bias():
         raise UserError(f"an offset of the bias is nothing that {adapter} trains")
     wanted = kohya.layout(adapter, module)
-    own = {suffix: tensor for suffix, tensor in given.items() if suffix in wanted}
+    # A tensor of another name that adapters have would not be there for nothing.
+    own = {key: tensor for key, tensor in given.items() if key in wanted or key in _KNOWN}
     offset = kohya.bias_suffix(adapter)
     if offset in wanted and offset not in own:
         own[offset] = torch.zeros(wanted[offset])
@@ -134,25 +161,37 @@ def _fitted(adapter: Adapter, given: Tensors, module: nn.Module) -> Reading:
     return Reading(adapter, factors, frozenset({*own, ALPHA} & given.keys()), str(adapter))
 
 
-def _whole(adapter: Adapter, given: Tensors, module: nn.Module, why: str) -> Reading:
-    """As the difference W' - W that the adapter defines, where it refuses such a layer."""
-    shape, bias = shape_of(module), original(module).bias
-    wanted = {name: size for name, size in kohya.layout(adapter, module).items() if name != _OFFSET}
-    own = {suffix: tensor for suffix, tensor in given.items() if suffix in wanted}
-    if any(
-        suffix not in own or own[suffix].numel() != math.prod(wanted[suffix]) for suffix in wanted
-    ):
-        raise UserError(why)
-    fitting = {suffix: tensor.reshape(wanted[suffix]) for suffix, tensor in own.items()}
-    factors = {"diff": adapter.delta(_weight(module), adapter.from_file(shape, fitting))}
-    used = {*own, ALPHA} & given.keys()
-    if _OFFSET in given:
-        if bias is None or bias.numel() != given[_OFFSET].numel():
-            raise UserError(f"{_OFFSET!r} does not fit the layer's bias")
-        factors[BIAS] = given[_OFFSET].reshape(bias.shape)
-        used.add(_OFFSET)
-    whole = Native(bias=BIAS in factors)
-    return Reading(whole, factors, frozenset(used), f"the whole difference of the weight: {why}")
+def _whole(marker: str, adapter: Adapter, given: Tensors, module: nn.Module, why: str) -> Reading:
+    """As the difference W' - W that the tensors define, where no adapter takes such a layer."""
+    weight = _weight(module)
+    rest = set(given) - {_OFFSET}
+    if marker in _DELTAS:
+        delta = _DELTAS[marker](given, weight)
+    else:
+        wanted = _layout(adapter, module)
+        other = wanted.keys() ^ (given.keys() & (_KNOWN | wanted.keys()))
+        if other or any(given[key].numel() != math.prod(wanted[key]) for key in wanted):
+            raise UserError(why)
+        fitting = {key: given[key].reshape(size) for key, size in wanted.items()}
+        delta = adapter.delta(weight, adapter.from_file(tuple(weight.shape), fitting))
+        rest &= {*wanted, ALPHA}
+    if delta.shape != weight.shape:
+        raise UserError(f"its update is {tuple(delta.shape)}, the weight {tuple(weight.shape)}")
+    factors, offset, bias = {"diff": delta}, given.get(_OFFSET), original(module).bias
+    if offset is not None:
+        if bias is None or bias.numel() != offset.numel():
+            raise UserError(f"{_OFFSET!r} has {offset.numel()} entries, the layer no such bias")
+        factors[BIAS] = offset.reshape(bias.shape)
+        rest.add(_OFFSET)
+    note = f"the whole difference of the weight: {why}"
+    return Reading(Native(bias=offset is not None), factors, frozenset(rest), note)
+
+
+def _layout(adapter: Adapter, module: nn.Module) -> dict[str, Shape]:
+    """Without an offset of the bias."""
+    layout = kohya.layout(adapter, module)
+    layout.pop(kohya.bias_suffix(adapter), None)
+    return layout
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -231,7 +270,100 @@ def _lora(given: Tensors, shape: Shape) -> Adapter:
 
 def _loha(given: Tensors, shape: Shape) -> Adapter:
     rank = _rank(given, "hada_w1_b")
-    return LoHa(rank=rank, alpha=_scale(given, rank))
+    return LoHa(rank=rank, alpha=_scale(given, rank), tucker="hada_t1" in given)
+
+
+def _lokr(given: Tensors, shape: Shape) -> Adapter:
+    (U, S), (V, _) = _left(given).shape, _right(given).shape[:2]
+    rank = _lokr_rank(given)
+    return LoKr(
+        rank=LoKr.rank if rank is None else rank,
+        alpha=LoKr.alpha if rank is None else _scale(given, rank),
+        factor=max(min(U, V), S, 2),
+        full_matrix=rank is None,
+        decompose_both="lokr_w1" not in given,
+        tucker="lokr_t2" in given,
+        unbalanced=U > V,
+    )
+
+
+def _lokr_delta(given: Tensors, weight: Tensor) -> Tensor:
+    rank = _lokr_rank(given)
+    gamma = 1.0 if rank is None else _scale(given, rank) / rank
+    right = _right(given)
+    if right.dim() == 2:
+        right = right.reshape(len(right), -1, *weight.shape[2:])
+    return gamma * kron(_left(given), right)
+
+
+def _lokr_rank(given: Tensors) -> int | None:
+    """Of the factored blocks; None where both are full, and alpha has no meaning."""
+    ranks = {given[key].shape[0] for key in ("lokr_w1_b", "lokr_w2_b") if key in given}
+    if len(ranks) > 1:
+        raise UserError(f"its blocks are of ranks {sorted(ranks)}, which cannot share an alpha")
+    return ranks.pop() if ranks else None
+
+
+def _left(given: Tensors) -> Tensor:
+    if "lokr_w1" in given:
+        return given["lokr_w1"]
+    _rank(given, "lokr_w1_b")
+    return given["lokr_w1_a"] @ given["lokr_w1_b"]
+
+
+def _right(given: Tensors) -> Tensor:
+    """The right block; unrolled where it is factored without a core."""
+    if "lokr_w2" in given:
+        return given["lokr_w2"]
+    _rank(given, "lokr_w2_a"), _rank(given, "lokr_w2_b")
+    a, b = given["lokr_w2_a"], given["lokr_w2_b"]
+    if "lokr_t2" not in given:
+        return a @ b.flatten(1)
+    return torch.einsum("rs...,rv,st->vt...", given["lokr_t2"], a, b)
+
+
+def _rotation(given: Tensors, shape: Shape) -> Rotation:
+    blocks = given["oft_blocks"]
+    kinds: dict[int, type[Rotation]] = {3: OFT, 4: BOFT}
+    if blocks.dim() not in kinds:
+        raise UserError(f"'oft_blocks' has {blocks.dim()} axes, needs 3 (OFT) or 4 (BOFT)")
+    constraint = float(given.get(ALPHA, 0.0))
+    rescaled = "rescale" in given
+    return kinds[blocks.dim()](blocks.shape[-1], constraint=constraint, rescaled=rescaled)
+
+
+def _rotation_delta(given: Tensors, weight: Tensor) -> Tensor:
+    """For blocks of another number, which OFT takes as they are."""
+    adapter, blocks = _rotation(given, tuple(weight.shape)), given["oft_blocks"]
+    if not isinstance(adapter, OFT) or blocks.shape[0] * blocks.shape[1] != weight.shape[0]:
+        raise UserError(f"blocks of {tuple(blocks.shape)} do not rotate {weight.shape[0]} outputs")
+    factors = {"blocks": blocks}
+    if "rescale" in given:
+        factors["scale"] = given["rescale"].reshape(-1, *[1] * (weight.dim() - 1)) - 1
+    return adapter.delta(weight, factors)
+
+
+def _glora(given: Tensors, shape: Shape) -> Adapter:
+    if {"b1.weight", "a2.weight", "b2.weight"} - given.keys():
+        raise UserError(f"GLoRA has a1, a2, b1 and b2, the file {', '.join(sorted(given))}")
+    sides = (given["a1.weight"].shape[0], given["b1.weight"].shape[0])
+    if sides != (shape[1], shape[0]):  # before LyCORIS 3 the two of each pair had changed places
+        for one in ("a", "b"):
+            first, second = f"{one}1.weight", f"{one}2.weight"
+            given[first], given[second] = given[second], given[first]
+    rank = given["a2.weight"].shape[0]
+    return GLoRA(rank=rank, alpha=_scale(given, rank))
+
+
+def _ia3(given: Tensors, shape: Shape) -> Adapter:
+    return IA3(on_input=bool(given["on_input"]))
+
+
+def _tlora(given: Tensors, shape: Shape) -> Adapter:
+    raise UserError(
+        "T-LoRA subtracts the singular vectors that it started from, and LyCORIS does not write "
+        "which these were"
+    )
 
 
 def _full(given: Tensors, shape: Shape) -> Adapter:
@@ -243,11 +375,32 @@ def _norm(given: Tensors, shape: Shape) -> Adapter:
 
 
 _OFFSET = "diff_b"
+_MAGNITUDE = "dora_scale"
 _ALIASES = {"oft_diag": "oft_blocks"}
 
 _READERS: dict[str, Callable[[Tensors, Shape], Adapter]] = {
     "lora_up.weight": _lora,
     "hada_w1_a": _loha,
+    "lokr_w1": _lokr,
+    "lokr_w1_a": _lokr,
+    "on_input": _ia3,
     "diff": _full,
     "w_norm": _norm,
+    "oft_blocks": _rotation,
+    "a1.weight": _glora,
+    "lambda_layer": _tlora,
+}
+
+_KNOWN = {
+    suffix
+    for cls in ADAPTERS.values()
+    if isinstance(cls.file_names, Mapping)  # not of one that takes them from another
+    for suffix in cls.file_names.values()
+}
+
+# W' - W by definition, where tensors can have shapes that none of our adapters would choose.
+_DELTAS: dict[str, Callable[[Tensors, Tensor], Tensor]] = {
+    "lokr_w1": _lokr_delta,
+    "lokr_w1_a": _lokr_delta,
+    "oft_blocks": _rotation_delta,
 }

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS, build, describe
-from lyco_lab.adapters.base import Adapter, Factors, Ranked, Shape
+from lyco_lab.adapters.base import Adapter, Factors, Shape
 from lyco_lab.adapters.layers import BIAS, SCALAR, original, shape_of
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.adapters.options import Options, Override
@@ -352,12 +352,12 @@ def _standard(parts: Mapping[str, Mounted]) -> dict[str, str]:
     del fields["kind"]
     arguments: dict[str, Any] = {"algo": adapter.file_algo}
     rank, alpha = fields.pop("rank", 1), fields.pop("alpha", 1.0)
-    if isinstance(adapter, Ranked):
+    if "conv_rank" in fields:
         conv_rank, conv_alpha = fields.pop("conv_rank"), fields.pop("conv_alpha")
         arguments["conv_dim"] = rank if conv_rank is None else conv_rank
         arguments["conv_alpha"] = alpha if conv_alpha is None else conv_alpha
     if outer is not adapter:
-        arguments["dora_wd"] = True
+        arguments |= {"dora_wd": True, "wd_on_output": describe(outer).get("axis", "out") == "out"}
     if options != Options():
         fields |= dataclasses.asdict(options)
     return {

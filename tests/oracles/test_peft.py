@@ -188,7 +188,7 @@ def test_p6_merging_a_grouped_convolution():
 
 
 def test_p8_merging_back_and_forth_in_half_precision():
-    """peft adds and subtracts in bfloat16, and the weight drifts; here it comes back bit for bit."""
+    """peft adds and subtracts in bfloat16: the weight drifts. Ours comes back bit for bit."""
     config, adapter, _ = RIGHT["lora"]
     layer = nn.Linear(32, 48).bfloat16()
     theirs = with_peft(config, layer).bfloat16()

@@ -1,0 +1,289 @@
+"""lycoris-lora as an oracle: its rules, its files and its reader, where it agrees with itself.
+
+Changes are compared with changes, so that the frozen layer hides no error. LyCORIS computes in
+float32 and most of its modules as (W + delta) - W; a sum of up to 216 products there, and that
+difference, are worth less than BOUND. What LyCORIS gets wrong is in `test_lycoris_faults.py`.
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+
+import pytest
+import safetensors.torch
+import torch
+from lycoris.functional import locon as lora
+from lycoris.functional import loha, lokr
+from lycoris.logging import logger
+from lycoris.modules import get_module, make_module
+from lycoris.modules.boft import ButterflyOFTModule
+from lycoris.modules.diag_oft import DiagOFTModule
+from lycoris.modules.full import FullModule
+from lycoris.modules.glora import GLoRAModule
+from lycoris.modules.ia3 import IA3Module
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from lycoris.modules.norms import NormModule
+from torch import Tensor, nn
+
+from lyco_lab.adapters.base import Adapter, Additive
+from lyco_lab.adapters.boft import BOFT
+from lyco_lab.adapters.dora import DoRA
+from lyco_lab.adapters.dylora import DyLoRA
+from lyco_lab.adapters.glora import GLoRA
+from lyco_lab.adapters.loha import LoHa
+from lyco_lab.adapters.lokr import LoKr
+from lyco_lab.adapters.lora import LoRA
+from lyco_lab.adapters.mount import attach
+from lyco_lab.adapters.native import Native
+from lyco_lab.adapters.norm import Norm
+from lyco_lab.adapters.oft import OFT
+from lyco_lab.adapters.options import Options
+from lyco_lab.formats import foreign, kohya
+from tests.oracles.layers import INPUTS, LAYERS, relative
+
+logger.setLevel(logging.ERROR)
+
+BOUND = 2e-5
+MATRICES = ["linear", "conv", "point", "strided", "conv1d", "conv3d"]
+NORMS = ["layer norm", "group norm"]
+
+
+def random_module(cls: type, layer: nn.Module, **settings) -> nn.Module:
+    """A module of LyCORIS for the layer, all that it trains random."""
+    module = cls("lora_unet_layer", layer, 1.0, **settings)
+    rng = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=rng))
+    return module.eval()
+
+
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    """The file that LyCORIS writes for it."""
+    return {
+        f"lora_unet_layer.{suffix}": tensor.detach().clone().contiguous()
+        for suffix, tensor in module.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def change(layer: nn.Module, frozen: nn.Module, x: Tensor) -> Tensor:
+    return layer(x) - frozen(x)
+
+
+# -- the rules ------------------------------------------------------------------------------------
+
+
+def generic(adapter: Adapter, kind: str) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """A weight, the file's tensors of random factors on it, and our delta; in float64."""
+    weight = LAYERS[kind]().double().weight.detach()
+    rng = torch.Generator().manual_seed(7)
+    shape = tuple(weight.shape)
+    factors = {
+        name: torch.randn(size, dtype=torch.float64, generator=rng)
+        for name, size in adapter.factor_shapes(shape).items()
+    }
+    return weight, adapter.to_file(shape, factors), adapter.delta(weight, factors)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRA(3, 2.0), LoRA(3, 2.0, tucker=True), LoRA(3, 2.0, rank_stabilised=True)],
+    ids=str,
+)
+def test_lora_is_theirs(adapter, kind):
+    weight, tensors, delta = generic(adapter, kind)
+    down, up, mid = (tensors.get(f"lora_{name}.weight") for name in ("down", "up", "mid"))
+    gamma = adapter.file_alpha(tuple(weight.shape)) / 3
+    torch.testing.assert_close(lora.diff_weight(down, up, mid, gamma=gamma), delta)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("adapter", [LoHa(3, 2.0), LoHa(3, 2.0, tucker=True)], ids=str)
+def test_loha_is_theirs(adapter, kind):
+    weight, tensors, delta = generic(adapter, kind)
+    keys = ("w1_b", "w1_a", "w2_b", "w2_a", "t1", "t2")
+    given = [tensors.get(f"hada_{key}") for key in keys]
+    theirs = loha.diff_weight(*given, gamma=torch.tensor(2 / 3, dtype=torch.float64))
+    torch.testing.assert_close(theirs.view(weight.shape), delta)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        LoKr(99, factor=4),
+        LoKr(1, 3.0, factor=2),
+        LoKr(1, 3.0, factor=4, decompose_both=True),
+        LoKr(1, 3.0, factor=2, unbalanced=True),
+    ],
+    ids=str,
+)
+def test_lokr_is_theirs(adapter, kind):
+    weight, tensors, delta = generic(adapter, kind)
+    keys = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")
+    given = [tensors.get(f"lokr_{key}") for key in keys]
+    if tensors.keys() == {"lokr_w1", "lokr_w2"}:
+        theirs = lokr.diff_weight(*given, gamma=1.0)
+    else:
+        theirs = lokr.diff_weight(*given, gamma=3.0)
+    torch.testing.assert_close(theirs.view(weight.shape), delta)
+
+
+# -- files that LyCORIS wrote ---------------------------------------------------------------------
+
+WRITTEN = {
+    "lora": (LoConModule, {"lora_dim": 2, "alpha": 3.0}, MATRICES),
+    "lora above the sides": (LoConModule, {"lora_dim": 14, "alpha": 3.0}, ["linear", "conv"]),
+    "lora tucker": (LoConModule, {"lora_dim": 2, "alpha": 3.0, "use_tucker": True}, MATRICES),
+    "lora rs": (LoConModule, {"lora_dim": 4, "alpha": 3.0, "rs_lora": True}, ["linear", "conv"]),
+    "lora scalar": (LoConModule, {"lora_dim": 2, "alpha": 3.0, "use_scalar": True}, MATRICES),
+    "dora": (LoConModule, {"lora_dim": 2, "alpha": 3.0, "weight_decompose": True}, MATRICES),
+    "dora by inputs": (
+        LoConModule,
+        {"lora_dim": 2, "alpha": 3.0, "weight_decompose": True, "wd_on_out": False},
+        MATRICES,
+    ),
+    "loha": (LohaModule, {"lora_dim": 2, "alpha": 3.0}, MATRICES),
+    "loha tucker": (LohaModule, {"lora_dim": 2, "alpha": 3.0, "use_tucker": True}, MATRICES),
+    "loha rs": (LohaModule, {"lora_dim": 2, "alpha": 3.0, "rs_lora": True}, ["linear", "conv"]),
+    "loha dora": (
+        LohaModule,
+        {"lora_dim": 2, "alpha": 3.0, "weight_decompose": True},
+        ["linear", "conv"],
+    ),
+    "lokr full": (LokrModule, {"lora_dim": 99, "alpha": 3.0}, MATRICES),
+    "lokr": (LokrModule, {"lora_dim": 1, "alpha": 3.0, "factor": 2}, MATRICES),
+    "lokr unbalanced": (
+        LokrModule,
+        {"lora_dim": 1, "alpha": 3.0, "factor": 2, "unbalanced_factorization": True},
+        MATRICES,
+    ),
+    "lokr unbalanced full": (
+        LokrModule,
+        {"alpha": 3.0, "full_matrix": True, "factor": 4, "unbalanced_factorization": True},
+        MATRICES,
+    ),
+    "lokr both": (LokrModule, {"lora_dim": 1, "alpha": 3.0, "decompose_both": True}, MATRICES),
+    "lokr both unbalanced": (
+        LokrModule,
+        {
+            "lora_dim": 1,
+            "alpha": 3.0,
+            "factor": 2,
+            "decompose_both": True,
+            "unbalanced_factorization": True,
+        },
+        MATRICES,
+    ),
+    "lokr one by one": (LokrModule, {"lora_dim": 99, "factor": 1}, MATRICES),
+    "lokr odd split": (LokrModule, {"lora_dim": 1, "alpha": 3.0, "factor": 6}, MATRICES),
+    "lokr tucker": (
+        LokrModule,
+        {"lora_dim": 1, "alpha": 3.0, "factor": 2, "use_tucker": True},
+        MATRICES,
+    ),
+    "lokr dora": (
+        LokrModule,
+        {"lora_dim": 1, "alpha": 3.0, "factor": 2, "weight_decompose": True},
+        MATRICES,
+    ),
+    "glora": (GLoRAModule, {"lora_dim": 2, "alpha": 3.0}, MATRICES),
+    "ia3": (IA3Module, {}, MATRICES),
+    "ia3 on inputs": (IA3Module, {"train_on_input": True}, MATRICES),
+    "full": (FullModule, {}, MATRICES),
+    "norm": (NormModule, {}, NORMS),
+    "oft": (DiagOFTModule, {"lora_dim": 4}, MATRICES),
+    "oft limited": (DiagOFTModule, {"lora_dim": 4, "constraint": 0.01}, ["linear", "conv"]),
+    "oft rescaled": (DiagOFTModule, {"lora_dim": 4, "rescaled": True}, MATRICES),
+    "boft": (ButterflyOFTModule, {"lora_dim": 6}, MATRICES),
+    "boft limited": (ButterflyOFTModule, {"lora_dim": 6, "constraint": 0.01}, ["linear", "conv"]),
+    "boft rescaled": (ButterflyOFTModule, {"lora_dim": 6, "rescaled": True}, ["linear", "conv"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, kind) for name, (_, _, kinds) in WRITTEN.items() for kind in kinds],
+)
+def test_their_files_are_read(name, kind, tmp_path):
+    cls, settings, _ = WRITTEN[name]
+    frozen, x = LAYERS[kind](), INPUTS[kind]
+    layer = copy.deepcopy(frozen)
+    module = random_module(cls, layer, **settings)
+    module.apply_to()
+    tensors = tensors_of(module)
+    safetensors.torch.save_file(tensors, tmp_path / "a.safetensors")
+    model = nn.ModuleDict({"layer": copy.deepcopy(frozen)})
+    mounted, report = foreign.apply(tmp_path / "a.safetensors", {"unet": model})
+    assert {line.key: line.used for line in report} == dict.fromkeys(tensors, True)
+    expected = change(layer, frozen, x)
+    assert relative(change(model["layer"], frozen, x), expected) < BOUND
+    mounted["unet"].merge()
+    assert relative(change(model["layer"], frozen, x), expected) < BOUND
+
+
+# -- our files, read by LyCORIS -------------------------------------------------------------------
+
+READ: Mapping[Adapter, list[str]] = {
+    LoRA(3, 2.0): MATRICES,
+    LoRA(3, 2.0, tucker=True): MATRICES,
+    LoRA(3, 2.0, rank_stabilised=True): ["linear", "conv"],
+    DyLoRA(4, 2.0): MATRICES,
+    LoHa(3, 2.0): MATRICES,
+    LoHa(3, 2.0, tucker=True): MATRICES,
+    LoHa(3, 2.0, rank_stabilised=True): ["linear", "conv"],
+    LoKr(99, factor=2): MATRICES,
+    LoKr(99, factor=2, rank_stabilised=True): ["linear", "conv"],
+    LoKr(1, 3.0, factor=2): MATRICES,
+    LoKr(1, 3.0, factor=4, decompose_both=True): MATRICES,
+    DoRA(LoRA(3, 2.0)): MATRICES,
+    DoRA(LoHa(3, 2.0)): ["linear", "conv"],
+    DoRA(LoKr(99, factor=2)): ["linear", "conv"],
+    GLoRA(3, 2.0): MATRICES,
+    GLoRA(3, 2.0, rank_stabilised=True): ["linear", "conv"],
+    Native(): MATRICES,
+    Native(bias=True): MATRICES,
+    Norm(): NORMS,
+    OFT(4): MATRICES,
+    OFT(4, constraint=0.01): ["linear", "conv"],
+    OFT(4, rescaled=True): ["linear", "conv"],
+    BOFT(6): MATRICES,
+    BOFT(6, constraint=0.01): ["linear", "conv"],
+    BOFT(6, rescaled=True): ["linear", "conv"],
+}
+
+
+def product(adapter: Adapter) -> bool:
+    return isinstance(adapter, Additive) and adapter.degree((12, 8)) > 1
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kind", "scalar"),
+    [
+        pytest.param(adapter, kind, scalar, id=f"{adapter} {kind}{' scalar' * scalar}")
+        for adapter, kinds in READ.items()
+        for kind in kinds
+        for scalar in (False, True)
+        if not scalar or (kind == "conv" and product(adapter.inner))
+    ],
+)
+def test_our_files_are_read(adapter, kind, scalar, tmp_path):
+    frozen, x = LAYERS[kind](), INPUTS[kind]
+    model = nn.ModuleDict({"layer": copy.deepcopy(frozen)})
+    mounted = attach(model, adapter, ["layer"], seed=0, options=Options(use_scalar=scalar))
+    rng = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for factor in mounted.parameters():
+            factor += 0.3 * torch.randn(factor.shape, generator=rng)
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    tensors = safetensors.torch.load_file(tmp_path / "a.safetensors")
+    cls, parameters = get_module(tensors, "lora_unet_layer")
+    layer = copy.deepcopy(frozen)
+    module = make_module(cls, parameters, "lora_unet_layer", layer).eval()
+    module.apply_to()
+    expected = change(model["layer"], frozen, x)
+    assert relative(change(layer, frozen, x), expected) < BOUND
