@@ -22,7 +22,7 @@ grouped convolution Q is the inputs of one group. The weight of a norm layer has
 import abc
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, NoReturn, final
 
 import torch
@@ -145,6 +145,10 @@ class Adapter(abc.ABC):
         """
         return None
 
+    def fitted(self, shape: Shape) -> "Adapter":
+        """This adapter with its rank cut down to what such a weight allows, gamma as it was."""
+        return self
+
     def trains_bias(self) -> bool:
         """Whether an offset of the layer's bias is trained as well."""
         return False
@@ -192,11 +196,11 @@ class Layer(abc.ABC):
 
     shape: Shape
     multiplies: bool  # the layer is x -> W x at each position: linear, or a convolution
+    groups: int  # of a convolution, whose outputs of one group see inputs that no others do
 
     @abc.abstractmethod
     def weight(self) -> Tensor:
         """W, at least in float32."""
-    groups: int  # of a convolution, whose outputs of one group see inputs that no others do
 
     @abc.abstractmethod
     def base(self, x: Tensor) -> Tensor:
@@ -215,15 +219,15 @@ class Layer(abc.ABC):
         """B h for what `narrow` gave. Needs `multiplies`."""
 
     @abc.abstractmethod
-    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        """`apply`, a map of vectors on the last axis, at each position of an input."""
-
-    @abc.abstractmethod
     def narrow_each(self, x: Tensor, a_RT: Tensor, count: int) -> Tensor:
         """A on each of `count` equal groups of the input's channels, results side by side.
 
         A has the layer's kernel. Needs `multiplies`, and channels that the layer has not grouped.
         """
+
+    @abc.abstractmethod
+    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        """`apply`, a map of vectors on the last axis, at each position of an input."""
 
     @abc.abstractmethod
     def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
@@ -265,8 +269,8 @@ class Additive(Adapter):
 
 
 @dataclass(frozen=True)
-class Ranked(Additive):
-    """An additive adapter whose size is a rank, with gamma = alpha / rank.
+class OfRank(Adapter):
+    """An adapter whose size is a rank, with gamma = alpha / rank in front of its change.
 
     A kernel of one tap is a linear layer in disguise and takes the linear rank; larger kernels
     take `conv_rank` and `conv_alpha` where these are given.
@@ -302,6 +306,13 @@ class Ranked(Additive):
     def gamma(self, shape: Shape) -> float:
         return self.alpha_of(shape) / self.rank_of(shape)
 
+    def fitted(self, shape: Shape) -> "OfRank":
+        most = min(shape[0], math.prod(shape[1:]))
+        if self.rank_of(shape) <= most:
+            return self
+        smaller = replace(self, rank=most, conv_rank=None, alpha=1.0, conv_alpha=None)
+        return replace(smaller, alpha=self.gamma(shape) / smaller.gamma(shape))
+
     def sized(self, shape: Shape) -> int:
         """The rank on such a layer, which must not exceed the sides of the unrolled weight."""
         rank, most = self.rank_of(shape), min(shape[0], math.prod(shape[1:]))
@@ -314,6 +325,11 @@ class Ranked(Additive):
     def file_alpha(self, shape: Shape) -> float:
         # Readers recompute gamma as alpha / rank, or ignore alpha where they know gamma to be 1.
         return self.gamma(shape) * self.rank_of(shape)
+
+
+@dataclass(frozen=True)
+class Ranked(OfRank, Additive):
+    """An additive adapter whose size is a rank."""
 
 
 def _wide(shape: Shape) -> bool:

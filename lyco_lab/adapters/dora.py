@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 
 from lyco_lab.adapters import plan
 from lyco_lab.adapters.base import Adapter, Additive, Factors, Layer, Shape
-from lyco_lab.adapters.rescale import Normalised, along, norms, sums
+from lyco_lab.adapters.rescale import Normalised, Times, along, norms, sums
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.linalg import unrolled
 
@@ -108,12 +108,16 @@ class DoRA(Adapter):
         if not layer.multiplies:
             return super().change(layer, x, factors)
 
-        def excess(*values: Tensor) -> Tensor:
-            given, weight = dict(zip(factors, values, strict=True)), layer.weight()
-            change = self.of.delta(weight, _without(given))
-            return self.excess(weight, change, given[MAGNITUDE]).flatten()
+        rest = _without(factors)
+        seen = {name: f.detach() for name, f in rest.items()} if self.detached else rest
 
-        e, rest = plan.recomputed(excess, *factors.values()), _without(factors)
+        def excess(*values: Tensor) -> Tensor:
+            *inner, m = values
+            weight = layer.weight()
+            change = self.of.delta(weight, dict(zip(rest, inner, strict=True)))
+            return self.excess(weight, change, m).flatten()
+
+        e = plan.recomputed(excess, *seen.values(), factors[MAGNITUDE])
         if self.columns:
             z = layer.base(layer.inputs(x, Times(e)))
             return z + self.of.change(layer, layer.inputs(x, Times(1 + e)), rest)
@@ -148,14 +152,3 @@ class DoRA(Adapter):
 def _without(factors: Factors) -> Factors:
     """The factors of the adapter within."""
     return {name: factor for name, factor in factors.items() if name != MAGNITUDE}
-
-
-@dataclass(frozen=True)
-class Times:
-    """Each channel times its number; the inputs of a group, times those of its columns."""
-
-    by: Tensor
-
-    def __call__(self, v: Tensor) -> Tensor:
-        by = self.by.to(v.dtype)
-        return v * by.repeat(v.shape[-1] // by.numel())

@@ -104,6 +104,17 @@ def along(weight_shape: Shape, columns: bool) -> Shape:
 
 
 @dataclass(frozen=True)
+class Times:
+    """Each channel times its number; the inputs of a group, times those of its columns."""
+
+    by: Tensor
+
+    def __call__(self, v: Tensor) -> Tensor:
+        by = self.by.to(v.dtype)
+        return v * by.repeat(v.shape[-1] // by.numel())
+
+
+@dataclass(frozen=True)
 class Normalised(Kernel):
     """m * V / norms(V), where `kernel` makes V = W + gamma T of the factors other than m."""
 
