@@ -36,17 +36,27 @@ KEEP_FREED = {
 }
 
 
-def isolated(script: str, task: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Any:
+def isolated(
+    script: str,
+    task: Mapping[str, Any],
+    *,
+    env: Mapping[str, str] | None = None,
+    minutes: float | None = None,
+) -> Any:
     """What `script`, run again in a process of its own, answers to `task`; see `answer`.
 
-    A process that dies answers {"error": its last words}.
+    A process that dies, or takes longer than `minutes`, answers {"error": why}.
     """
-    done = subprocess.run(
-        [sys.executable, script, "--task", json.dumps(task)],
-        env=os.environ | {"PYTHONWARNINGS": "ignore"} | dict(env or {}),
-        capture_output=True,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, script, "--task", json.dumps(task)],
+            env=os.environ | {"PYTHONWARNINGS": "ignore"} | dict(env or {}),
+            capture_output=True,
+            text=True,
+            timeout=None if minutes is None else 60 * minutes,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"stopped after {minutes:g} minutes"}
     if done.returncode:
         words = done.stderr.strip().splitlines()
         return {"error": words[-1][:200] if words else f"ended with status {done.returncode}"}

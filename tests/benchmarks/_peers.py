@@ -6,11 +6,14 @@ to call; rank 8, LoKr's factor 8, blocks of 16 for the rotations. The layers sta
 they had, so the model is called in the same way whoever is on it.
 """
 
-import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import peft
+from lycoris import LycorisNetwork
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS, build
@@ -26,6 +29,13 @@ OURS: dict[str, dict[str, Any]] = {
     "loha4": {"kind": "loha", "rank": 4, "alpha": 4},
     "lokr": {"kind": "lokr", "rank": RANK, "alpha": RANK, "factor": FACTOR},
     "lokr-full": {"kind": "lokr", "factor": FACTOR, "full_matrix": True},
+    "dora": {"kind": "dora", "of": {"kind": "lora", "rank": RANK, "alpha": RANK}},
+    "oft": {"kind": "oft", "block_size": BLOCK},
+    "boft": {"kind": "boft", "block_size": BLOCK},
+    "ia3": {"kind": "ia3"},
+    "glora": {"kind": "glora", "rank": RANK, "alpha": RANK},
+    "dylora": {"kind": "dylora", "rank": RANK, "alpha": RANK},
+    "tlora": {"kind": "tlora", "rank": RANK, "alpha": RANK},
 }
 
 # algorithm: arguments of LycorisNetwork, which all have in both of its modes but those in REBUILT.
@@ -73,6 +83,12 @@ class Contestant:
 Attach = Callable[[nn.Module], Contestant]
 
 
+def in_words(name: str) -> str:
+    """lycoris/lora/bypass -> lora lycoris bypass."""
+    who, algorithm, *mode = name.split("/")
+    return " ".join([algorithm, who, *mode])
+
+
 def targets(model: nn.Module) -> list[str]:
     return [
         name
@@ -83,17 +99,17 @@ def targets(model: nn.Module) -> list[str]:
 
 def contestants() -> dict[str, Attach]:
     """who/adapter[/mode] -> how to put it on a model."""
-    found: dict[str, Attach] = {f"ours/{name}": ours(section) for name, section in _sections()}
+    found: dict[str, Attach] = {f"ours/{name}": ours(section) for name, section in sections()}
     for name, settings in LYCORIS.items():
-        found[f"lycoris/{name}/rebuild"] = lycoris(bypass_mode=False, **settings)
+        found[f"lycoris/{name}/rebuild"] = of_lycoris(bypass_mode=False, **settings)
         if name not in REBUILT:
-            found[f"lycoris/{name}/bypass"] = lycoris(bypass_mode=True, **settings)
+            found[f"lycoris/{name}/bypass"] = of_lycoris(bypass_mode=True, **settings)
     for name, (config, settings) in PEFT.items():
-        found[f"peft/{name}"] = peft(config, **settings)
+        found[f"peft/{name}"] = of_peft(config, **settings)
     return found
 
 
-def _sections() -> Iterator[tuple[str, dict[str, Any]]]:
+def sections() -> Iterator[tuple[str, dict[str, Any]]]:
     yield from OURS.items()
     measured = {section["kind"] for section in OURS.values()}
     for kind, cls in ADAPTERS.items():
@@ -115,10 +131,8 @@ def ours(section: dict[str, Any], *, keep_base: bool = True) -> Attach:
     return put
 
 
-def lycoris(dim: int = RANK, **settings: Any) -> Attach:
+def of_lycoris(dim: int = RANK, **settings: Any) -> Attach:
     def put(model: nn.Module) -> Contestant:
-        from lycoris import LycorisNetwork
-
         kinds = {"target_module": ["Linear", "Conv2d"], "target_name": [], "exclude_name": LEFT_OUT}
         LycorisNetwork.apply_preset(kinds)
         network = LycorisNetwork(model, 1.0, dim, dim, dim, dim, **settings)
@@ -139,17 +153,14 @@ def lycoris(dim: int = RANK, **settings: Any) -> Attach:
     return put
 
 
-def peft(config: str, **settings: Any) -> Attach:
+def of_peft(config: str, **settings: Any) -> Attach:
     def put(model: nn.Module) -> Contestant:
-        library: Any = importlib.import_module("peft")
-        mapping = importlib.import_module("peft.mapping").PEFT_TYPE_TO_TUNER_MAPPING
-        layer_type = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
-        chosen = getattr(library, config)(target_modules=targets(model), **settings)
-        tuner = mapping[chosen.peft_type](model, chosen, "default")
+        chosen = getattr(peft, config)(target_modules=targets(model), **settings)
+        tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[chosen.peft_type](model, chosen, "default")
 
         def merge() -> None:
             for layer in list(tuner.modules()):
-                if isinstance(layer, layer_type):
+                if isinstance(layer, BaseTunerLayer):
                     layer.merge()
 
         return Contestant(
