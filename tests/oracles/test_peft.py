@@ -14,9 +14,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.dora import DoRA
+from lyco_lab.adapters.ia3 import IA3
 from lyco_lab.adapters.loha import LoHa
+from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach
+from lyco_lab.adapters.oft import OFT
 from tests.oracles.layers import INPUTS, LAYERS, relative
 
 SAME = {"rtol": 1e-11, "atol": 1e-11}
@@ -44,6 +48,9 @@ def tensors_of(theirs: nn.Module) -> dict[str, torch.Tensor]:
         for name, parameter in theirs.named_parameters()
         if parameter.requires_grad
     }
+    if "lora_magnitude_vector.weight" in names:
+        magnitude = names["lora_magnitude_vector.weight"]
+        names["dora_scale"] = names.pop("lora_magnitude_vector.weight").reshape(magnitude.numel())
     if "lora_embedding_A" in names:  # transposed: its embedding is dim x number
         return {
             "lora_up.weight": names["lora_embedding_A"].T,
@@ -76,6 +83,26 @@ RIGHT = {
         LoHa(2, 3.0, tucker=True),
         ["linear", "conv", "point", "strided"],
     ),
+    "lokr": (
+        peft.LoKrConfig(r=1, alpha=3, decompose_factor=2),
+        LoKr(1, 3.0, factor=2),
+        MATRICES,
+    ),
+    "lokr full": (
+        peft.LoKrConfig(r=99, alpha=99, decompose_factor=2),
+        LoKr(99, factor=2),
+        ["linear", "conv", "point", "strided"],  # not "conv1d": see P2
+    ),
+    "lokr both": (
+        peft.LoKrConfig(r=1, alpha=3, decompose_both=True),
+        LoKr(1, 3.0, factor=4, decompose_both=True),
+        MATRICES,
+    ),
+    "lokr tucker": (
+        peft.LoKrConfig(r=1, alpha=3, decompose_factor=2, use_effective_conv2d=True),
+        LoKr(1, 3.0, factor=2, tucker=True),
+        ["linear", "conv", "point", "strided"],
+    ),
 }
 right = pytest.mark.parametrize(
     ("config", "adapter", "kind"),
@@ -97,9 +124,62 @@ def test_same_change_and_same_outputs(config, adapter, kind):
     torch.testing.assert_close(ours(x), theirs(x), **SAME)
 
 
+@pytest.mark.parametrize("kind", [*MATRICES, "conv3d"])
+def test_same_dora(kind):
+    """Outputs and gradients; peft takes the norms as constant, as `detached` does."""
+    adapter = DoRA(LoRA(2, 3.0), detached=True)
+    theirs = with_peft(peft.LoraConfig(r=2, lora_alpha=3, use_dora=True), LAYERS[kind]())
+    ours, mounted = with_ours(adapter, LAYERS[kind](), theirs)
+    x = INPUTS[kind].double()
+    torch.testing.assert_close(ours(x), theirs(x), **SAME)
+    named = gradients(theirs, x)
+    ours(x).square().sum().backward()
+    for name, factor in mounted.factors("layer").items():
+        given = named[adapter.file_names[name]].view_as(factor)
+        torch.testing.assert_close(factor.grad, given, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "conv", "point", "strided", "conv3d"])
+def test_same_ia3(kind, on_input):
+    """peft trains 1 + w, and scales the bias of the layer with its outputs; ours does not."""
+    config = peft.IA3Config(feedforward_modules=["layer"] if on_input else [])
+    layer = LAYERS[kind]()
+    theirs = with_peft(config, layer)
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer).double()})
+    mounted = attach(model, IA3(on_input=on_input), ["layer"], seed=0)
+    (name,) = mounted.factors("layer")
+    scale = tensors_of(theirs)["ia3_l"].flatten()
+    mounted.load_state_dict({f"layer.{name}": scale - 1})
+    x = INPUTS[kind].double()
+    expected = theirs(x)
+    if layer.bias is not None and not on_input:
+        along = [1, -1, *[1] * (x.dim() - 2)] if kind != "linear" else [-1]
+        expected = expected + ((1 - scale) * layer.bias.double()).view(along)
+    torch.testing.assert_close(model["layer"](x), expected, **SAME)
+
+
+def test_same_rotation():
+    """peft rotates what a layer sees, which is what ours does to the outputs of W transposed."""
+    config = peft.OFTConfig(r=0, oft_block_size=4, use_cayley_neumann=False)
+    theirs = with_peft(config, LAYERS["linear"]())
+    rotation = theirs.get_delta_weight("default")
+    upper = torch.zeros(2, 4, 4, dtype=torch.float64)
+    rows, columns = torch.triu_indices(4, 4, 1)
+    upper[:, rows, columns] = tensors_of(theirs)["oft_R.weight"]
+    weight_QP = LAYERS["linear"]().double().weight.detach().t().contiguous()
+    ours = weight_QP + OFT(4).delta(weight_QP, {"blocks": upper})
+    # Inverted in float32, whatever the factors are in.
+    torch.testing.assert_close(rotation.double() @ weight_QP, ours, rtol=1e-5, atol=1e-5)
+
+
 def gradients(layer: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     layer(x).square().sum().backward()
-    return {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    return dict(zip(tensors_of(layer), trained(layer), strict=True))
+
+
+def trained(layer: nn.Module) -> list[torch.Tensor]:
+    return [p.grad for p in layer.parameters() if p.requires_grad]
 
 
 def test_p1_gradients_of_loha_with_a_core():
@@ -108,8 +188,7 @@ def test_p1_gradients_of_loha_with_a_core():
     layer, x = LAYERS["conv"](), INPUTS["conv"].double()
     theirs = with_peft(config, layer)
     ours, mounted = with_ours(adapter, layer, theirs)
-    given = gradients(theirs, x)
-    named = {name.replace(".default", ""): gradient for name, gradient in given.items()}
+    named = gradients(theirs, x)
     ours(x).square().sum().backward()
     errors = {}
     for name, factor in mounted.factors("layer").items():
@@ -133,6 +212,28 @@ def derivative(layer: nn.Module, x: torch.Tensor, factor: torch.Tensor, index: i
         losses.append(layer(x).square().sum().item())
         factor.view(-1)[index] -= sign * step
     return (losses[0] - losses[1]) / (2 * step)
+
+
+def test_p2_full_lokr_of_a_convolution_in_one_dimension():
+    """Not the Kronecker product of its blocks, which the unrolled update is no block matrix of."""
+    theirs = with_peft(peft.LoKrConfig(r=99, alpha=99, decompose_factor=2), LAYERS["conv1d"]())
+    ours, mounted = with_ours(LoKr(99, factor=2), LAYERS["conv1d"](), theirs)
+    left, right = (tensors_of(theirs)[key] for key in ("lokr_w1", "lokr_w2"))
+    expected = torch.stack([torch.kron(left, right[..., tap]) for tap in range(3)], -1)
+    torch.testing.assert_close(mounted.delta("layer"), expected, **SAME)
+    assert relative(theirs.get_delta_weight("default"), expected) > 0.5
+
+
+def test_p3_oft_destroys_a_convolution_before_it_has_trained():
+    """Patches are folded back without dividing by how often each pixel is in one."""
+    layer, x = LAYERS["conv"](), INPUTS["conv"]
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    config = peft.OFTConfig(r=0, oft_block_size=4, target_modules=["layer"])
+    peft.inject_adapter_in_model(config, model)
+    assert relative(model["layer"](x), layer(x)) > 0.5
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    attach(model, OFT(4), ["layer"], seed=0)
+    torch.testing.assert_close(model["layer"](x), layer(x))
 
 
 def around(layer: nn.Conv2d, x: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -185,6 +286,17 @@ def test_p6_merging_a_grouped_convolution():
     before = model["layer"](x)
     mounted.merge()
     torch.testing.assert_close(model["layer"](x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_p7_dora_at_scale_0():
+    """peft still decomposes the weight, by magnitudes that have trained."""
+    theirs = with_peft(peft.LoraConfig(r=2, lora_alpha=3, use_dora=True), LAYERS["linear"]())
+    ours, mounted = with_ours(DoRA(LoRA(2, 3.0)), LAYERS["linear"](), theirs)
+    x, frozen = INPUTS["linear"].double(), LAYERS["linear"]().double()
+    theirs.set_scale("default", 0)
+    mounted.strength = 0.0
+    assert relative(theirs(x), frozen(x)) > 0.2
+    assert torch.equal(ours(x), frozen(x))
 
 
 def test_p8_merging_back_and_forth_in_half_precision():
