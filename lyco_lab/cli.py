@@ -166,6 +166,12 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool) ->
             ", ".join(p.stages_done(root)) or "-",
         )
     console.print(table)
+    narrowed = max(p.narrowed for p in plans)
+    if narrowed:
+        console.print(
+            f"up to {narrowed} of a run's layers are narrower than its rank: there the rank is "
+            "what they allow, with the same gamma"
+        )
     console.print(f"expected: {study.expectation}")
 
 

@@ -29,6 +29,7 @@ class Plan:
 
     run: Run
     layers: dict[str, int]  # part of the model -> how many of its layers are adapted
+    narrowed: int  # of the layers, how many are too narrow for the adapter's rank and get less
     params: int  # trained, over all parts
     images: int
     samples_per_epoch: int
@@ -57,14 +58,17 @@ def plan(study: Study) -> list[Plan]:
 def _plan(run: Run) -> Plan:
     images, samples = _count(run.data)
     parts = ["unet", "text_encoder"] if run.model.text_encoder else ["unet"]
-    counts = {}
+    counts, narrowed = {}, 0
     for part in parts:
         network = _network(model_folder(run.model.path), part)
-        names = targets.match(network, run.model.preset, part)
-        counts[part] = survey(network, run.adapter_value(), names)
+        names, adapter = targets.match(network, run.model.preset, part), run.adapter_value()
+        narrow = targets.fitting(network, adapter, names)
+        counts[part] = survey(network, adapter, names, options=run.options, overrides=narrow)
+        narrowed += len(narrow)
     return Plan(
         run=run,
         layers={part: len(layers) for part, layers in counts.items()},
+        narrowed=narrowed,
         params=sum(sum(layers.values()) for layers in counts.values()),
         images=images,
         samples_per_epoch=samples,

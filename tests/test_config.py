@@ -108,7 +108,7 @@ def test_variants_combine_with_the_grid_unless_they_have_their_own(study):
     loaded = study(VARIANTS)
     names = ["lora-kael", "lora-octo", "plain-kael", "plain-octo", "alone"]
     assert [run.name for run in loaded.runs] == names
-    assert loaded.runs[3].adapter == {"kind": "native"}
+    assert loaded.runs[3].adapter == {"kind": "native", "bias": False}
     assert loaded.runs[3].train == Train(steps=40, lr=1e-4)
     assert loaded.runs[4].data == Data(concept="arch")
     assert loaded.pairs == (("lora-kael", "lora-octo"),)
@@ -297,7 +297,7 @@ def test_unknown_keys_and_wrong_types(refused, word, parts):
         ("model.preset=attn_mlp", "did you mean 'attn-mlp'?"),
         ("model.precision=fp16", "did you mean 'bf16'?"),
         ("model.path=''", "model.path is ''"),
-        ("adapter.kind=dora", "did you mean 'lora'?"),
+        ("adapter.kind=lorra", "did you mean 'lora'?"),
         ("adapter.kind=null", "adapter.kind is None"),
         ("adapter.rank=0", "rank"),
         ("train.optimizer=adam", "did you mean 'adamw'?"),

@@ -13,6 +13,7 @@ from typing import Any
 
 from lyco_lab import adapters, record
 from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.options import Options
 from lyco_lab.errors import UserError, nearest
 
 PRECISIONS = ("fp32", "bf16")
@@ -171,6 +172,7 @@ class Run:
     model: Model = Model()
     data: Data
     adapter: dict[str, Any] = field(default_factory=DEFAULT_ADAPTER.copy)
+    options: Options = Options()
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()

@@ -13,7 +13,10 @@ not. A layer belongs to a preset when a block of a listed class, or a listed nam
 
 from torch import nn
 
+from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.geometry import CONVOLUTIONS
+from lyco_lab.adapters.layers import shape_of
+from lyco_lab.adapters.options import Override
 from lyco_lab.errors import UserError, nearest
 
 PRESETS = ("attn-only", "attn-mlp", "full")
@@ -60,3 +63,16 @@ def match(root: nn.Module, preset: str, part: str) -> list[str]:
             f"it has none of {wanted}"
         )
     return names
+
+
+def fitting(root: nn.Module, adapter: Adapter, names: list[str]) -> dict[str, Override]:
+    """What a preset changes on layers narrower than the adapter's rank, such as `conv_out`.
+
+    There the rank is what the layer allows, with the same gamma: the rest could add nothing.
+    """
+    narrower = {}
+    for name in names:
+        fitted = adapter.fitted(shape_of(root.get_submodule(name)))
+        if fitted != adapter:
+            narrower[name] = Override(adapter=fitted)
+    return narrower

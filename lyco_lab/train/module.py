@@ -55,6 +55,9 @@ class Training(lightning.LightningModule):
         return self.optimizer
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        for mounted in self.mounted.values():
+            mounted.train()
+            mounted.step = batch.step  # what is dropped depends on it, also after an interruption
         optimizer.set_rates(self.optimizer, batch.step, self.settings.warmup_steps)
         rates = optimizer.rates(self.optimizer)
         self.row = {
@@ -100,6 +103,9 @@ class Training(lightning.LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        for mounted in self.mounted.values():
+            mounted.limit_norms()
+            mounted.eval()
         if self.average is not None:
             self.average.update()
 

@@ -100,16 +100,19 @@ def train(run: Run, record: Record) -> None:
 def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
     """The run's adapter on each part that trains, as it starts."""
     parts = diffusion.parts if run.model.text_encoder else {"unet": diffusion.unet}
-    return {
-        part: attach(
+    adapter, mounted = run.adapter_value(), {}
+    for part, model in parts.items():
+        names = targets.match(model, run.model.preset, part)
+        mounted[part] = attach(
             model,
-            run.adapter_value(),
-            targets.match(model, run.model.preset, part),
+            adapter,
+            names,
             seed=run.seed,
+            options=run.options,
+            overrides=targets.fitting(model, adapter, names),
             init_scale=run.train.init_scale,
         )
-        for part, model in parts.items()
-    }
+    return mounted
 
 
 def fit(
