@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lyco_lab.adapters import geometry, plan
+from lyco_lab.adapters import attention, geometry, plan
 from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
 from lyco_lab.adapters.options import Options
 from lyco_lab.seeds import uniforms
@@ -50,6 +50,9 @@ class Mount(nn.Module):
         self.clock = clock  # forward passes so far; one tensor for all layers of an attachment
         self.dtype = dtype  # in which the rule is computed
         self.gates: Tensor | None = None  # a row per sample, for adapters that see the timestep
+        # torch's TransformerEncoderLayer computes from the weights of the layers inside it, and
+        # never calls them, unless something in it has a hook.
+        self.register_forward_pre_hook(_no_hook)
 
     def rule_factors(self) -> Factors:
         """The adapter's own factors, as they train."""
@@ -135,6 +138,10 @@ class Mount(nn.Module):
         return uniforms(self.key + (stream << 48), self.clock, size, device)
 
 
+def _no_hook(module: nn.Module, args: Any) -> None:
+    """Never called, as a mount is not: that there is a hook is what counts."""
+
+
 def _scale(factors: Factors, names: Sequence[str], by: Tensor | float) -> None:
     for name in names:
         if name in factors:
@@ -160,23 +167,15 @@ class Adapted(nn.Module):
         mounts = [cast(Mount, mount) for mount in self.mounts]
         return [mount for mount in mounts if mount.strength != 0.0]
 
-    def base_forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The frozen layer; with another bias where one is given."""
-        if bias is None or bias is self.frozen_bias:
-            y: Tensor = super().forward(x)  # type: ignore[misc]
-            return y
-        op = geometry.of(self)
-        return op.leave(op.product(op.enter(x), self.frozen_weight, bias.to(self.dtype)), x)
+    def base_forward(self, x: Tensor) -> Tensor:
+        """The frozen layer."""
+        y: Tensor = super().forward(x)  # type: ignore[misc]
+        return y
 
-    def bias_with(self, mounts: Sequence[Mount]) -> Tensor | None:
-        """The bias with what these adapters add to it."""
-        bias = self.frozen_bias
-        for mount in mounts:
-            offset = mount.offset()
-            if offset is not None:
-                assert bias is not None
-                bias = bias + offset
-        return bias
+    def bias_with(self, mount: Mount) -> Tensor | None:
+        """The bias with what an adapter adds to it."""
+        bias, offset = self.frozen_bias, mount.offset()
+        return bias if bias is None or offset is None else bias + offset
 
     @property
     def frozen_weight(self) -> Tensor:
@@ -199,12 +198,22 @@ class Adapted(nn.Module):
         return _reference_tensor(self).device
 
 
+class AdaptedAttention(Adapted):
+    """torch's attention while it or its output projection carries adapters."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return attention.apply(self, *args, **kwargs)
+
+    def base_forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.frozen_weight, self.frozen_bias)
+
+
 class Opaque(Adapted):
     """A layer of another library, or with a quantised weight: x -> W x + b is all that is known."""
 
     opaque = True
 
-    def base_forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def base_forward(self, x: Tensor) -> Tensor:
         y: Tensor = nn.Module.__getattribute__(self, "kind").forward(self, x)
         return y
 
@@ -212,9 +221,6 @@ class Opaque(Adapted):
     def frozen_bias(self) -> Tensor | None:
         bias = getattr(self, "bias", None)
         return bias if isinstance(bias, Tensor) else None
-
-    def bias_with(self, mounts: Sequence[Mount]) -> Tensor | None:
-        return None
 
 
 def weight_name(layer: nn.Module) -> str:
@@ -264,16 +270,15 @@ def adapted_type(layer: nn.Module) -> type[Adapted]:
     kind = type(layer)
     if kind not in _TYPES:
         parent = Opaque if is_opaque(layer) else Adapted
+        if isinstance(layer, nn.MultiheadAttention):
+            parent = AdaptedAttention
         _TYPES[kind] = type(f"Adapted{kind.__name__}", (parent, kind), {"kind": kind})
     return _TYPES[kind]
 
 
 def put_on(layer: nn.Module, mount: Mount) -> Adapted:
     """Add an adapter to a layer."""
-    if not isinstance(layer, Adapted):
-        layer.__class__ = adapted_type(layer)
-        layer.mounts = nn.ModuleList()  # type: ignore[assignment]
-    adapted = cast(Adapted, layer)
+    adapted = _wake(layer)
     adapted.mounts.append(mount)
     return adapted
 
@@ -281,11 +286,35 @@ def put_on(layer: nn.Module, mount: Mount) -> Adapted:
 def take_off(layer: nn.Module, mount: Mount) -> None:
     """Take an adapter off; the last one leaves the ordinary layer."""
     adapted = cast(Adapted, layer)
-    left = [other for other in adapted.mounts if other is not mount]
-    if left:
-        adapted.mounts = nn.ModuleList(left)
+    adapted.mounts = nn.ModuleList(other for other in adapted.mounts if other is not mount)
+    if not adapted.mounts:
+        _rest(layer)
+
+
+def settle(model: nn.Module, name: str) -> None:
+    """Have attention computed by its adapters, or as ever, after `name` in it was changed.
+
+    torch's attention never calls its output projection, so that is adapted only if the attention
+    is, with or without adapters of its own.
+    """
+    owner = model.get_submodule(name.rpartition(".")[0] if name.endswith("out_proj") else name)
+    if not isinstance(owner, nn.MultiheadAttention):
         return
-    del adapted.mounts
+    if isinstance(owner.out_proj, Adapted):
+        _wake(owner)
+    elif isinstance(owner, Adapted) and not owner.mounts:
+        _rest(owner)
+
+
+def _wake(layer: nn.Module) -> Adapted:
+    if not isinstance(layer, Adapted):
+        layer.__class__ = adapted_type(layer)
+        layer.mounts = nn.ModuleList()  # type: ignore[assignment]
+    return cast(Adapted, layer)
+
+
+def _rest(layer: nn.Module) -> None:
+    del layer.mounts
     layer.__class__ = cast(Any, type(layer)).kind
 
 

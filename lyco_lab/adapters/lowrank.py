@@ -92,6 +92,17 @@ class LowRank(AdditiveKernel):
         return self.pair_grads(factors, gb_PR, ga_RQ)
 
 
+@dataclass(frozen=True)
+class PlainPair(LowRank):
+    """Where B and A are the factors themselves."""
+
+    def pair(self, factors: Factors) -> tuple[Tensor, Tensor]:
+        return factors["b_PR"], factors["a_RQ"]
+
+    def pair_grads(self, factors: Factors, gb_PR: Tensor, ga_RQ: Tensor) -> Factors:
+        return {"b_PR": gb_PR, "a_RQ": ga_RQ}
+
+
 def low_rank_costs(sizes: Sizes, rank: int) -> tuple[float, float]:
     """Of the change of the output, or of the input's gradient; and of the factors' gradients."""
     ends = sizes.T * (sizes.P + sizes.Q)

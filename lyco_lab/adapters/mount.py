@@ -124,9 +124,8 @@ def _mount(
     factors = FactorDict(
         {
             name: nn.Parameter(
-                (scale * value if name not in adapter.untrained else value).to(
-                    reference.device, kept
-                ),
+                # The untrained as well: the degree counts all factors of the rule.
+                (scale * value).to(reference.device, kept),
                 requires_grad=name not in adapter.untrained,
             )
             for name, value in start.items()
@@ -421,7 +420,7 @@ class Mounted:
                     f"cannot merge: the weight of layer {name!r}, a "
                     f"{type(layer).__name__.removeprefix('Adapted')}, cannot be written"
                 )
-            if self._mount(name).gates is not None:
+            if self._mount(name).adapter.inner.needs_timestep():
                 raise UserError(f"cannot merge: the update of {name!r} depends on the timestep")
             for other in cast(list[Mount], list(layer.mounts)):
                 if other is not self._mounts[name] and (other.adapter.uses_base or not keep_base):
@@ -433,6 +432,7 @@ class Mounted:
             mount = self._mounts[name]
             (layers.merge if keep_base else layers.merge_in_place)(layer, mount)
             layers.take_off(layer, mount)
+            layers.settle(self.model, name)
         self._state = "merged" if keep_base else "merged in place"
 
     @torch.no_grad()
@@ -451,6 +451,7 @@ class Mounted:
         self._need("mounted", "detach")
         for name, layer in self.layers.items():
             layers.take_off(layer, self._mounts[name])
+            layers.settle(self.model, name)
         for hook in self.hooks:
             hook.remove()
         self._state = "detached"
@@ -458,6 +459,7 @@ class Mounted:
     def _put_on(self) -> None:
         for name, layer in self.layers.items():
             layers.put_on(layer, self._mounts[name])
+            layers.settle(self.model, name)
 
     def _mount(self, name: str) -> Mount:
         if name not in self._mounts:

@@ -1,10 +1,10 @@
 """Native: the update is the trained weight's difference, every entry of it.
 
-    W' = W + D
+    W' = W + D                  b' = b + d    with `bias`
 
 Full fine-tuning, written as an adapter that holds the offset and not the weight, so that it
-starts, merges and comes off like the others. Biases stay frozen, as they do under the others.
-File readers of the LyCORIS family call it "full".
+starts, merges and comes off like the others. Biases stay frozen, as they do under the others,
+unless `bias` has their offset d trained too. File readers of the LyCORIS family call it "full".
 
 Reference:
     Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
@@ -13,16 +13,20 @@ Reference:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Generator, Tensor
 
 from lyco_lab.adapters.base import Additive, Factors, Shape
+from lyco_lab.adapters.plan import FORM_DENSE, AdditiveKernel, Plan, Sizes
 from lyco_lab.linalg import unrolled
 
 
 @dataclass(frozen=True)
 class Native(Additive):
+    bias: bool = False  # train an offset of the bias as well, where the layer has one
+
     file_algo: ClassVar = "full"
     file_names: ClassVar = {"diff": "diff"}
 
@@ -33,6 +37,9 @@ class Native(Additive):
 
     def transform(self, factors: Factors, shape: Shape) -> Tensor:
         return factors["diff"]
+
+    def kernel(self, shape: Shape) -> "Offset":
+        return Offset()
 
     def gamma(self, shape: Shape) -> float:
         return 1.0
@@ -46,5 +53,34 @@ class Native(Additive):
     def max_rank(self, shape: Shape) -> int:
         return min(unrolled(shape))
 
+    def trains_bias(self) -> bool:
+        return self.bias
+
     def file_alpha(self, shape: Shape) -> None:
         return None
+
+
+@dataclass(frozen=True)
+class Offset(AdditiveKernel):
+    """W + D in one pass, and the gradient of D is that of the weight."""
+
+    needs_multiplies = False
+
+    def costs(self, sizes: Sizes) -> dict[Plan, float]:
+        return {FORM_DENSE: sizes.T * sizes.N}
+
+    def form(self, weight: Tensor, factors: Factors, out: Tensor | None = None) -> Tensor:
+        return torch.add(weight, factors["diff"], out=out)
+
+    def dense_grads(self, gw: Tensor, factors: Factors) -> Factors:
+        return {"diff": gw}
+
+    # Through D itself a side path costs more than W', whatever the number of tokens.
+
+    def side_(self, op: Any, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+        raise NotImplementedError("Native has no plan that goes beside the weight")
+
+    def token_grads(
+        self, op: Any, gy: Tensor, x: Tensor, factors: Factors, gx: Tensor | None
+    ) -> Factors:
+        raise NotImplementedError("Native has no plan that goes beside the weight")

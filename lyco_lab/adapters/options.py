@@ -44,6 +44,8 @@ class Options:
         names = inner.factor_shapes(shape)
         if self.use_scalar:
             product = isinstance(inner, Additive) and inner.degree(shape) > 1
+            # What an untrained copy takes away at the start is zero whatever scales it.
+            product = product and not inner.untrained.intersection(inner.scaling)
             if not (product and any(name in names for name in inner.scaling)):
                 raise UserError(
                     f"use_scalar needs an update that is a product of factors, which that of "
@@ -58,6 +60,11 @@ class Options:
             raise UserError(
                 f"dropout is {self.dropout}, but what an {layer} sees are whole numbers: "
                 "use module_dropout"
+            )
+        if self.dropout and adapter.takes == "norm":
+            raise UserError(
+                f"dropout is {self.dropout}, but what {kind} scales is the normalised input, which "
+                "it would not leave unbiased: use module_dropout"
             )
         if self.max_norm is not None and not any(name in names for name in adapter.scaling):
             raise UserError(

@@ -26,6 +26,7 @@ with every change added to the output, and computed at that size.
 
 import abc
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -103,6 +104,10 @@ class Kernel(abc.ABC):
     keeps_input: bool = True  # False: `forward` keeps its output, from which all can be had
     needs_multiplies: bool = True  # works on linear layers and ungrouped convolutions only
     traceable: bool = True  # torch.compile can see through it
+
+    def keeps(self, plan: Plan) -> bool:
+        """Whether the input is kept for the backward pass of this plan."""
+        return self.keeps_input
 
     @abc.abstractmethod
     def costs(self, sizes: Sizes) -> dict[Plan, float]:
@@ -228,7 +233,7 @@ class Exact(torch.autograd.Function):
     ) -> Tensor:
         factors = dict(zip(call.names, values, strict=True))
         y, kept = call.kernel.forward(call.op, call.plan, x, weight, bias, factors)
-        ctx.call, ctx.x_shape, ctx.keeps = call, tuple(x.shape), call.kernel.keeps_input
+        ctx.call, ctx.x_shape, ctx.keeps = call, tuple(x.shape), call.kernel.keeps(call.plan)
         ctx.save_for_backward(x if ctx.keeps else None, weight, bias, *values, *kept)
         return y
 
@@ -342,15 +347,14 @@ def apply(layer: "Adapted", x: Tensor) -> Tensor:
     mounts = layer.active()
     if not mounts:
         return layer.base_forward(x)
-    bias = layer.bias_with(mounts)
     dtype = computing_dtype(layer.dtype, layer.device)
     (first, *others) = mounts
     fused = not others and dtype not in HALF and not layer.opaque and first.is_plain()
     if not fused:
-        return added(layer, mounts, x, bias, dtype)
+        return added(layer, mounts, x, dtype)
     op = geometry.of(layer)
     with exact(x):
-        weight = layer.frozen_weight
+        weight, bias = layer.frozen_weight, layer.bias_with(first)
         y = product(op, first.adapter, op.enter(x), weight, bias, first.current())
         return op.leave(y, x)
 
@@ -370,19 +374,21 @@ def product(
     return y
 
 
-def added(
-    layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.dtype) -> Tensor:
     """W x + b + every adapter's change, each added to the output."""
-    y = layer.base_forward(x, bias)
+    y = layer.base_forward(x)
     with exact(x):
-        # bfloat16 has the range of float32; float16 has not, and would lose small entries.
-        side = torch.float32 if dtype == torch.float16 else dtype
-        frozen = Frozen(layer, side)
+        # bfloat16 has the range of float32; float16 has not, and would lose small entries. What a
+        # norm layer computes is cheap, and torch keeps it in float32.
+        wide = dtype == torch.float16 or isinstance(layer, geometry.NORMS)
+        frozen = Frozen(layer, factor_dtype(dtype) if wide else dtype)
         for mount in mounts:
             u = mount.input(x)
-            u = frozen.op.enter(u.to(side) if u.is_floating_point() else u)
+            u = frozen.op.enter(u.to(frozen.dtype) if u.is_floating_point() else u)
             change = mount.scaled(mount.adapter.change(frozen, u, mount.current()))
+            offset = mount.offset()
+            if offset is not None:  # apart from the bias, in which it could be rounded away
+                change = frozen.outputs(change, functools.partial(torch.add, other=offset))
             y = y + frozen.op.leave(change, x).to(y.dtype)
     return y
 
@@ -396,13 +402,13 @@ class Frozen(Layer):
         self.op: Any = geometry.of(layer)
         self.shape = layer.weight_shape
         self.multiplies = self.op.multiplies or isinstance(self.op, geometry.Convolution)
+        self.groups = getattr(self.op, "group_count", 1)
 
     def weight(self) -> Tensor:
         return self.layer.frozen_weight.to(factor_dtype(self.layer.dtype))
 
     def base(self, x: Tensor) -> Tensor:
         if self.layer.opaque:
-        self.groups = getattr(self.op, "group_count", 1)
             y, bias = self.layer.base_forward(x), self.layer.frozen_bias
             return (y if bias is None else y - bias).to(x.dtype)
         y = self.op.product(x, self.layer.frozen_weight.to(x.dtype))
@@ -432,12 +438,6 @@ class Frozen(Layer):
         )
         return flat.view(*flat.shape[:2], *h.shape[2:]) if dims else flat
 
-    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        y: Tensor = self.op.last(apply(self.op.first(x)))
-        return y
-
-    def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.inputs(y, apply)
     def narrow_each(self, x: Tensor, a_RT: Tensor, count: int) -> Tensor:
         a_RT = a_RT.to(x.dtype)
         if not isinstance(self.op, geometry.Convolution):
@@ -445,6 +445,12 @@ class Frozen(Layer):
         h = self.op.narrow(self.op.groups(x, count), a_RT)
         return h.reshape(x.shape[0], -1, *h.shape[2:])
 
+    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        y: Tensor = self.op.last(apply(self.op.first(x)))
+        return y
+
+    def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
+        return self.inputs(y, apply)
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

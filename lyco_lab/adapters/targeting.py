@@ -136,6 +136,8 @@ def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options
     if layers.original(layer).merged and adapter.uses_base:
         raise UserError(f"{where}: an adapter is merged into it; unmerge() that first")
     weight = None if opaque else layer._parameters.get(layers.weight_name(layer))
+    if isinstance(layer, nn.MultiheadAttention):
+        _check_attention(where, layer)
     if weight is None and not opaque:
         raise UserError(f"{where}: this {kind} has no weight; leave it out")
     if adapter.trains_bias() and opaque:
@@ -150,6 +152,18 @@ def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options
         raise UserError(f"layer {name!r} of shape {shape}: {error}") from error
     if weight is not None and weight.device.type != "meta" and not _all_finite(weight):
         raise UserError(f"{where}: its weight holds numbers that are not finite; load it again")
+
+
+def _check_attention(where: str, layer: nn.MultiheadAttention) -> None:
+    ours = isinstance(layer, layers.Adapted)
+    if not ours and type(layer).forward is not nn.MultiheadAttention.forward:
+        raise UserError(f"{where}: a {type(layer).__name__} has a forward of its own; leave it out")
+    if layer.in_proj_weight is None:
+        raise UserError(
+            f"{where}: its kdim {layer.kdim} or vdim {layer.vdim} is not its embed_dim "
+            f"{layer.embed_dim}, so that queries, keys and values have no in_proj_weight in "
+            "common to adapt; leave it out, its out_proj can be adapted"
+        )
 
 
 @torch.no_grad()
