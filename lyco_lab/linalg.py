@@ -55,9 +55,40 @@ def through_core_grads(core_RRk: Tensor, a_RQ: Tensor, grad_RQk: Tensor) -> tupl
     return (grad_RkQ @ a_RQ.t()).movedim(-1, 1), core_NR.t() @ grad_RkQ.flatten(0, -2)
 
 
+def kaiming(like: Tensor, *shape: int, fan_in: int, rng: Generator) -> Tensor:
     """Uniform on +-1/sqrt(fan_in), with the dtype and device of `like`.
 
     The same as torch's `kaiming_uniform_` with a = sqrt(5), with which its own layers start.
     """
     bound = 1 / math.sqrt(fan_in)
     return like.new_empty(shape).uniform_(-bound, bound, generator=rng)
+
+
+def cayley_inverse(q: Tensor) -> Tensor:
+    """K = (I - Q)^-1 of skew blocks Q, for the rotation R = (I + Q) (I - Q)^-1 = 2 K - I."""
+    return torch.linalg.inv(torch.eye(q.shape[-1], dtype=q.dtype, device=q.device) - q)
+
+
+def cayley_offset(q: Tensor) -> Tensor:
+    """R - I = 2 Q K with the relative precision of Q, which a difference of R and I has not."""
+    return 2 * (q @ cayley_inverse(q))
+
+
+def cayley_grad(k: Tensor, gr: Tensor) -> Tensor:
+    """The gradient of Q from that of R: since R = 2 K - I, 2 K^T gR K^T."""
+    return 2 * (k.mT @ gr @ k.mT)
+
+
+def butterfly_block(size: int, most: int) -> int | None:
+    """The largest even b <= `most` for which size / b is a power of two; None where there is none.
+
+    This is lycoris-lora's `power2factorization`.
+    """
+    b, largest = 2 * odd_part(size), None
+    while b <= min(size, most):
+        b, largest = 2 * b, b
+    return largest
+
+
+def odd_part(size: int) -> int:
+    return size // (size & -size)

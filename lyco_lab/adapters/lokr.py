@@ -373,7 +373,12 @@ class Full(Blocks):
 def mix(h: Tensor, c_US: Tensor) -> Tensor:
     """sum_s C[u, s] h[s], of activations (N S, ...) that lie sample by sample, group by group."""
     U, S = c_US.shape
-    return (c_US @ h.reshape(-1, S, h[0].numel())).view(-1, *h.shape[1:])
+    return shared(c_US, h.reshape(-1, S, h[0].numel())).view(-1, *h.shape[1:])
+
+
+def shared(left: Tensor, rights: Tensor) -> Tensor:
+    """left @ right of each; `matmul` would transpose and copy to make one product of it."""
+    return torch.bmm(left.expand(len(rights), -1, -1), rights)
 
 
 def cross(gh: Tensor, h: Tensor, U: int, S: int) -> Tensor:
@@ -447,7 +452,7 @@ class Tokens:
         return y.reshape(-1, count, y.shape[-1] // count).transpose(0, 1)
 
     def narrow(self, xs: Tensor, a_RT: Tensor) -> Tensor:
-        return a_RT @ xs.transpose(1, 2)
+        return shared(a_RT, xs.transpose(1, 2))
 
     def apply(self, xs: Tensor, d_VT: Tensor) -> Tensor:
         return torch.bmm(xs, d_VT.t().expand(len(xs), -1, -1))
@@ -459,7 +464,7 @@ class Tokens:
         ys.baddbmm_(h, d_VT.t().expand(len(h), -1, -1), alpha=scale)
 
     def down(self, gys: Tensor, b_VR: Tensor) -> Tensor:
-        return b_VR.t() @ gys.transpose(1, 2)
+        return shared(b_VR.t(), gys.transpose(1, 2))
 
     def back(self, gys: Tensor, xs: Tensor, d_VT: Tensor, count: int) -> Tensor:
         return torch.bmm(gys, d_VT.expand(len(gys), -1, -1))
