@@ -72,6 +72,8 @@ def save(
         raise UserError(f"cannot write {path}: no part carries an adapter")
     if path.exists() and OURS not in read_metadata(path):
         raise UserError(f"{path} is not a file of lyco_lab: move it away or write elsewhere")
+    order = list(PREFIXES)  # whatever order the caller has them in
+    parts = dict(sorted(parts.items(), key=lambda item: [*order, item[0]].index(item[0])))
     tensors: dict[str, Tensor] = {}
     for part, mounted in parts.items():
         for name in mounted.layers:

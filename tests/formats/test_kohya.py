@@ -12,11 +12,21 @@ import torch
 from torch import nn
 
 from lyco_lab.adapters import ADAPTERS
+from lyco_lab.adapters.boft import BOFT
+from lyco_lab.adapters.dora import DoRA
+from lyco_lab.adapters.dylora import DyLoRA
+from lyco_lab.adapters.glora import GLoRA
+from lyco_lab.adapters.ia3 import IA3
+from lyco_lab.adapters.layers import NORMS
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach
 from lyco_lab.adapters.native import Native
+from lyco_lab.adapters.norm import Norm
+from lyco_lab.adapters.oft import OFT
+from lyco_lab.adapters.options import Options, Override
+from lyco_lab.adapters.tlora import TLoRA
 from lyco_lab.diffusion.targets import match
 from lyco_lab.formats import kohya
 
@@ -27,6 +37,26 @@ EXAMPLES = [
     LoKr(factor=4, alpha=0.5),
     LoKr(factor=2, rank=2, alpha=0.5),
     Native(),
+    DoRA(LoRA(rank=4, alpha=3.0)),
+    GLoRA(rank=4, alpha=3.0),
+    Norm(),
+    OFT(block_size=4),
+]
+# Saved and read on a small model. Whether LyCORIS reads them too, tests/oracles/ says.
+OTHERS = [
+    LoRA(rank=4, alpha=3.0, conv_rank=2, tucker=True, rank_stabilised=True),
+    LoHa(rank=3, alpha=2.0, conv_rank=2, tucker=True),
+    LoKr(factor=2, rank=1, alpha=0.5, tucker=True),
+    LoKr(factor=4, rank=1, alpha=0.5, decompose_both=True, unbalanced=True),
+    DyLoRA(rank=4, alpha=3.0, block_size=2),
+    DoRA(LoKr(factor=4)),
+    DoRA(LoRA(rank=4, alpha=3.0), axis="in", detached=True),
+    Native(bias=True),
+    OFT(block_size=4, constraint=0.01, rescaled=True),
+    BOFT(block_size=6),
+    IA3(),
+    IA3(on_input=True),
+    TLoRA(rank=3, alpha=2.0),
 ]
 every_example = pytest.mark.parametrize("adapter", EXAMPLES, ids=str)
 
@@ -48,11 +78,19 @@ def adapted(base, adapter, preset):
     rng = torch.Generator().manual_seed(0)
     mounted = {}
     for part, model in models.items():
-        mounted[part] = attach(model, adapter, match(model, preset, part), seed=0)
-        with torch.no_grad():
-            for factor in mounted[part].parameters():
-                factor += 0.1 * torch.randn(factor.shape, generator=rng)
+        names = match(model, preset, part)
+        if adapter.takes == "norm":
+            names = [name for name, layer in model.named_modules() if isinstance(layer, NORMS)]
+        mounted[part] = attach(model, adapter, names, seed=0)
+        moved(mounted[part], rng)
     return models, mounted
+
+
+@torch.no_grad()
+def moved(mounted, rng):
+    for factor in mounted.parameters():
+        factor += 0.1 * torch.randn(factor.shape, generator=rng)
+    return mounted
 
 
 @torch.no_grad()
@@ -216,4 +254,170 @@ def test_lycoris_gives_equal_outputs(base, lycoris, adapter, tmp_path):
 
 
 def test_every_adapter_is_among_the_examples():
-    assert {type(adapter) for adapter in EXAMPLES} == set(ADAPTERS.values())
+    assert {type(adapter) for adapter in [*EXAMPLES, *OTHERS]} == set(ADAPTERS.values())
+
+
+def same(first, second):
+    """Whether both hold the same adapters, options and factors."""
+    assert list(first.layers) == list(second.layers)
+    for name in first.layers:
+        assert first.adapter_of(name) == second.adapter_of(name)
+        assert first.options_of(name) == second.options_of(name)
+    for name, factor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], factor), name
+
+
+def test_layers_may_differ_and_options_come_back(base, tmp_path):
+    overrides = {
+        "*attn2*": Override(rank=2, alpha=7.0),
+        "*.to_out.0": Override(adapter=DoRA(LoHa(rank=3), axis="in")),
+        "*attn1.to_k": Override(adapter=LoKr(factor=4, rank=1, alpha=0.5)),
+    }
+    options = Options(dropout=0.1, rank_dropout=0.2, module_dropout=0.3)
+    _, mounted = adapted(base, LoRA(rank=4, alpha=3.0), "attn-only")
+    unet = copy.deepcopy(base["unet"])
+    names = match(unet, "attn-only", "unet")
+    mounted["unet"] = moved(
+        attach(unet, LoRA(rank=4), names, seed=0, overrides=overrides, options=options),
+        torch.Generator().manual_seed(2),
+    )
+    kinds = {mounted["unet"].adapter_of(name) for name in names}
+    assert len(kinds) == 4
+    path = tmp_path / "a.safetensors"
+    kohya.save(path, mounted, {})
+    loaded = kohya.apply(path, copy.deepcopy(base))
+    for part in mounted:
+        same(mounted[part], loaded[part])
+    _, metadata = kohya.load(path)
+    assert json.loads(metadata["lyco_lab.layers"]).keys() == {"unet"}
+    assert len(json.loads(metadata["lyco_lab.layers"])["unet"]) == 3
+    assert json.loads(metadata["lyco_lab.options"]).keys() == {"unet"}
+    first = path.read_bytes()
+    kohya.save(path, loaded, {})
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("adapter", OTHERS, ids=str)
+def test_every_adapter_comes_back(adapter, tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    model = nn.ModuleDict({"linear": nn.Linear(8, 12), "conv": nn.Conv2d(8, 12, 3)})
+    fresh = copy.deepcopy(model)
+    mounted = moved(attach(model, adapter, ["linear", "conv"], seed=0), rng)
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    same(mounted, kohya.apply(tmp_path / "a.safetensors", {"unet": fresh})["unet"])
+    for name, shape in {"linear": (3, 8), "conv": (2, 8, 5, 6)}.items():
+        x = torch.randn(shape, generator=rng)
+        assert torch.equal(model[name](x), fresh[name](x))
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(8, 12), LoRA(rank=2), (3, 8)),
+    "embedding": (lambda: nn.Embedding(9, 6), LoHa(rank=2), None),
+    "conv1d": (lambda: nn.Conv1d(8, 12, 3), LoKr(factor=4), (2, 8, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 12, 3, groups=2), LoRA(rank=2, tucker=True), (2, 8, 5, 5)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, 2), LoHa(rank=2, tucker=True), (1, 4, 3, 3, 3)),
+    "layer norm": (lambda: nn.LayerNorm((4, 5)), Norm(), (3, 4, 5)),
+    "rms norm": (lambda: nn.RMSNorm(8), Norm(), (3, 8)),
+    "group norm": (lambda: nn.GroupNorm(2, 8), Norm(), (3, 8, 4)),
+    "biased": (lambda: nn.Linear(8, 12), Native(bias=True), (3, 8)),
+    "no bias": (lambda: nn.Linear(8, 12, bias=False), Native(bias=True), (3, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_layers_of_every_kind_and_precision(kind, dtype, tmp_path):
+    make, adapter, shape = LAYERS[kind]
+    rng = torch.Generator().manual_seed(0)
+    model = nn.ModuleDict({"one": make().to(dtype)})
+    x = torch.randn(shape, generator=rng).to(dtype) if shape else torch.tensor([[1, 8, 0]])
+    fresh = copy.deepcopy(model)
+    mounted = moved(attach(model, adapter, ["one"], seed=0), rng)
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    loaded = kohya.apply(tmp_path / "a.safetensors", {"unet": fresh})
+    same(mounted, loaded["unet"])
+    assert torch.equal(model["one"](x), fresh["one"](x))
+    suffixes = kohya.load(tmp_path / "a.safetensors")[0]["unet"]["lora_unet_one"].keys()
+    if isinstance(adapter, Norm):
+        assert suffixes == {"w_norm"} | ({"b_norm"} if kind != "rms norm" else set())
+    if isinstance(adapter, Native):
+        assert suffixes == {"diff"} | ({"diff_b"} if kind == "biased" else set())
+
+
+def test_attention_whose_projections_are_one_weight(tmp_path):
+    rng = torch.Generator().manual_seed(0)
+    model = nn.ModuleDict({"one": nn.MultiheadAttention(8, 2, batch_first=True)})
+    fresh = copy.deepcopy(model)
+    mounted = moved(attach(model, LoRA(rank=2), ["one", "one.out_proj"], seed=0), rng)
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    same(mounted, kohya.apply(tmp_path / "a.safetensors", {"unet": fresh})["unet"])
+    x = torch.randn(2, 3, 8, generator=rng)
+    assert torch.equal(model["one"](x, x, x)[0], fresh["one"](x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [LoRA(2), LoHa(2), LoKr(rank=1, alpha=0.5, factor=2), DoRA(LoRA(2))],
+    ids=lambda adapter: type(adapter).__name__,
+)
+def test_a_trained_scalar_is_in_the_factors_of_the_file(adapter, tmp_path):
+    """So that every reader has the update, and none needs to know of the scalar."""
+    model = nn.ModuleDict({"one": nn.Linear(8, 12)})
+    fresh = copy.deepcopy(model)
+    options = Options(use_scalar=True)
+    mounted = attach(model, adapter, ["one"], seed=0, options=options)
+    moved(mounted, torch.Generator().manual_seed(0))
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    loaded = kohya.apply(tmp_path / "a.safetensors", {"unet": fresh})["unet"]
+    assert mounted.factors("one")["scalar"] != 1
+    assert loaded.factors("one")["scalar"] == 1
+    assert loaded.options_of("one") == options
+    assert torch.equal(loaded.delta("one"), mounted.delta("one"))
+    parts, _ = kohya.load(tmp_path / "a.safetensors")
+    assert not any("scalar" in suffix for suffix in parts["unet"]["lora_unet_one"])
+
+
+@pytest.mark.parametrize("stabilised", [False, True])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_gamma_is_alpha_over_rank_in_every_file(rank, stabilised, tmp_path):
+    model = nn.ModuleDict({"one": nn.Linear(8, 12)})
+    adapter = LoRA(rank=rank, alpha=3.0, rank_stabilised=stabilised)
+    mounted = attach(model, adapter, ["one"], seed=0)
+    moved(mounted, torch.Generator().manual_seed(0))
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    layer = kohya.load(tmp_path / "a.safetensors")[0]["unet"]["lora_unet_one"]
+    product = layer["lora_up.weight"] @ layer["lora_down.weight"]
+    gamma = layer["alpha"] / len(layer["lora_down.weight"])
+    torch.testing.assert_close(gamma * product, mounted.delta("one"))
+    assert gamma == pytest.approx(3 / (rank**0.5 if stabilised else rank))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_smaller_files_hold_rounded_factors(dtype, tmp_path):
+    """The alpha stays as it is: rank 100000 asks for full blocks, and is no float16."""
+    model = nn.ModuleDict({"one": nn.Linear(8, 12)})
+    fresh = copy.deepcopy(model)
+    mounted = attach(model, LoKr(rank=100000, factor=4), ["one"], seed=0)
+    moved(mounted, torch.Generator().manual_seed(0))
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {}, dtype=dtype)
+    parts, _ = kohya.load(tmp_path / "a.safetensors")
+    kinds = {suffix: tensor.dtype for suffix, tensor in parts["unet"]["lora_unet_one"].items()}
+    assert kinds == {"lokr_w1": dtype, "lokr_w2": dtype, "alpha": torch.float32}
+    assert parts["unet"]["lora_unet_one"]["alpha"] == 100000
+    loaded = kohya.apply(tmp_path / "a.safetensors", {"unet": fresh})["unet"]
+    for name, factor in mounted.factors("one").items():
+        given = loaded.factors("one")[name]
+        assert given.dtype == torch.float32
+        assert torch.equal(given, factor.to(dtype).float())
+
+
+def test_metadata_of_an_adapter_around_another(tmp_path):
+    model = nn.ModuleDict({"one": nn.Linear(8, 12)})
+    adapter = DoRA(LoRA(rank=3, alpha=2.0, rank_stabilised=True), axis="in")
+    mounted = attach(model, adapter, ["one"], seed=0, options=Options(dropout=0.1))
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    _, metadata = kohya.load(tmp_path / "a.safetensors")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("3", "2.0")
+    arguments = json.loads(metadata["ss_network_args"])
+    expected = {"algo": "lora", "dora_wd": True, "wd_on_output": False, "rs_lora": True}
+    assert arguments.items() >= (expected | {"dropout": 0.1}).items()
