@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 
 from lyco_lab.adapters import plan
 from lyco_lab.adapters.base import Adapter, Additive, Factors, Layer, Shape
-from lyco_lab.adapters.rescale import Normalised, Times, along, norms, sums
+from lyco_lab.adapters.rescale import Normalised, Times, along, norms, ratio, sums
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.linalg import unrolled
 
@@ -87,22 +87,29 @@ class DoRA(Adapter):
         m = norms(weight, self.columns).view(along(tuple(weight.shape), self.columns))
         return {**self.of.init(weight, rng), MAGNITUDE: m}
 
+    def adapted(self, weight: Tensor, factors: Factors) -> Tensor:
+        # Not W + delta, which cancels where m is small.
+        formed, m = self.of.adapted(weight, _without(factors)), factors[MAGNITUDE]
+        n = norms(formed, self.columns)
+        s = ratio(m.flatten(), n.detach() if self.detached else n)
+        return s.view_as(m) * formed
+
     def delta(self, weight: Tensor, factors: Factors) -> Tensor:
         change = self.of.delta(weight, _without(factors))
-        excess = self.excess(weight, change, factors[MAGNITUDE])
-        return excess * weight + (1 + excess) * change
+        excess, scale = self.scales(weight, change, factors[MAGNITUDE])
+        return excess * weight + scale * change
 
-    def excess(self, weight: Tensor, change: Tensor, m: Tensor) -> Tensor:
-        """s - 1, in the shape of m."""
+    def scales(self, weight: Tensor, change: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+        """s - 1 and s, in the shape of m: each exact where it is small."""
         n_W, n = (norms(one, self.columns) for one in (weight, weight + change))
         more = sums((2 * weight + change) * change, self.columns)
         empty = n == 0
         growth = more / torch.where(empty, 1.0, n + n_W)
-        n = torch.where(empty, 1.0, n)
         if self.detached:
             growth, n = growth.detach(), n.detach()
-        excess = ((m.flatten() - n_W) - growth) / n
-        return torch.where(empty, 0.0, excess).view_as(m)
+        scale = ratio(m.flatten(), n)
+        excess = ((m.flatten() - n_W) - growth) / torch.where(empty, 1.0, n)
+        return torch.where(empty, 0.0, excess).view_as(m), scale.view_as(m)
 
     def change(self, layer: Layer, x: Tensor, factors: Factors) -> Tensor:
         if not layer.multiplies:
@@ -111,18 +118,18 @@ class DoRA(Adapter):
         rest = _without(factors)
         seen = {name: f.detach() for name, f in rest.items()} if self.detached else rest
 
-        def excess(*values: Tensor) -> Tensor:
+        def scales(*values: Tensor) -> Tensor:
             *inner, m = values
             weight = layer.weight()
             change = self.of.delta(weight, dict(zip(rest, inner, strict=True)))
-            return self.excess(weight, change, m).flatten()
+            return torch.stack([by.flatten() for by in self.scales(weight, change, m)])
 
-        e = plan.recomputed(excess, *seen.values(), factors[MAGNITUDE])
+        excess, scale = plan.recomputed(scales, *seen.values(), factors[MAGNITUDE])
         if self.columns:
-            z = layer.base(layer.inputs(x, Times(e)))
-            return z + self.of.change(layer, layer.inputs(x, Times(1 + e)), rest)
-        z = layer.outputs(layer.base(x), Times(e))
-        return z + layer.outputs(self.of.change(layer, x, rest), Times(1 + e))
+            z = layer.base(layer.inputs(x, Times(excess)))
+            return z + self.of.change(layer, layer.inputs(x, Times(scale)), rest)
+        z = layer.outputs(layer.base(x), Times(excess))
+        return z + layer.outputs(self.of.change(layer, x, rest), Times(scale))
 
     def kernel(self, shape: Shape) -> Normalised | None:
         kernel = self.of.kernel(shape)

@@ -151,7 +151,7 @@ class Normalised(Kernel):
             return self._beside(op, x, weight, bias, m, inner)
         formed = self.kernel.form(weight, inner)
         n = norms(formed, self.columns)
-        s = _ratio(m, n)
+        s = ratio(m, n)
         if plan.grads == "tokens" and not self.columns and not can_undo(s):
             y, kept = scaled_rows(op, x, formed, s, bias)
             return y, (n, kept)
@@ -162,7 +162,7 @@ class Normalised(Kernel):
         self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
     ) -> tuple[Tensor | None, Factors]:
         m, inner = self._split(saved.factors)
-        n, s = saved.kept[0], _ratio(m, saved.kept[0])
+        n, s = saved.kept[0], ratio(m, saved.kept[0])
         if plan.grads == "dense":
             gx, grads, gs = self._dense_grads(op, gy, saved, inner, n, s, need_gx)
         elif self.columns:
@@ -171,7 +171,7 @@ class Normalised(Kernel):
             gx, grads, gs = self._formed_grads(op, gy, saved, inner, n, s, need_gx)
         else:
             gx, grads, gs = self._beside_grads(op, gy, saved, inner, n, s, need_gx)
-        gm = torch.where(n > 0, gs / _nonzero(n), 0.0)
+        gm = torch.where(n > 0, gs / nonzero(n), 0.0)
         return gx, {**grads, self.magnitude: gm.view_as(saved.factors[self.magnitude])}
 
     def _split(self, factors: Factors) -> tuple[Tensor, Factors]:
@@ -183,7 +183,7 @@ class Normalised(Kernel):
 
     def _turn(self, gs: Tensor, s: Tensor, n: Tensor) -> Tensor:
         """c, with gV = s G + c V."""
-        return torch.where(n > 0, -gs * s / _nonzero(n) ** 2, 0.0)
+        return torch.where(n > 0, -gs * s / nonzero(n) ** 2, 0.0)
 
     def _dense_grads(
         self, op: Any, gy: Tensor, saved: Saved, inner: Factors, n: Tensor, s: Tensor, need_gx: bool
@@ -258,11 +258,11 @@ class Normalised(Kernel):
         n_W = norms(weight, False)
         root = (n_W * n_W + more).clamp_min(0).sqrt()
         if can_look(x) and bool((root >= n_W / 2).all()):
-            n = n_W + more / _nonzero(root + n_W)  # n_W itself where B is 0
+            n = n_W + more / nonzero(root + n_W)  # n_W itself where B is 0
         else:  # what is left of a row would have lost its digits
             n = norms(kernel.form(weight, inner), False)
         va_PR = va_PR.add_(baa_PR, alpha=gamma)
-        s = _ratio(m, n)
+        s = ratio(m, n)
         y = op.widen_(y, op.narrow(x, a_RQ), b_PR, gamma)
         kept = (n, va_PR) if not self.detached else (n,)
         if can_undo(s):
@@ -301,13 +301,13 @@ class Normalised(Kernel):
         return gx, kernel.pair_grads(inner, gb_PR, ga_RQ), gs
 
 
-def _nonzero(n: Tensor) -> Tensor:
+def nonzero(n: Tensor) -> Tensor:
     return torch.where(n > 0, n, 1.0)
 
 
-def _ratio(m: Tensor, n: Tensor) -> Tensor:
+def ratio(m: Tensor, n: Tensor) -> Tensor:
     """m / n; 1 where V is 0, so that what comes to a row of zeros can still grow."""
-    return torch.where(n > 0, m / _nonzero(n), 1.0)
+    return torch.where(n > 0, m / nonzero(n), 1.0)
 
 
 def _sum(one: Factors, other: Factors) -> Factors:
