@@ -8,6 +8,7 @@ fastest index of a column, as `weight.flatten(1)` lays them out.
 import functools
 import math
 
+import torch
 from torch import Generator, Tensor
 
 
@@ -39,7 +40,6 @@ def kron(left_US: Tensor, right_VTk: Tensor) -> Tensor:
     return product_UVSTk.view(U * V, S * T, *kernel)
 
 
-def kaiming(like: Tensor, *shape: int, fan_in: int, rng: Generator) -> Tensor:
 def through_core(core_RRk: Tensor, a_RQ: Tensor) -> Tensor:
     """The kernel of R x Q channels that does the work of a single tap A and then of a core.
 
