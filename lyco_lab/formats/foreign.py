@@ -97,7 +97,7 @@ def apply(path: Path, models: Mapping[str, nn.Module]) -> tuple[dict[str, Mounte
                 raise UserError(f"the layer {name!r} of the {part} has an adapter in this file")
             reading = interpret(tensors, models[part].get_submodule(name))
             survey(models[part], reading.adapter, [name])  # makes the checks of `attach`
-        except UserError as error:
+        except (ValueError, RuntimeError, IndexError) as error:  # of shapes that do not fit, too
             report += [Line(f"{layer}.{suffix}", False, str(error)) for suffix in tensors]
             continue
         chosen[part][name] = reading
@@ -158,7 +158,8 @@ def _fitted(adapter: Adapter, given: Tensors, module: nn.Module) -> Reading:
     if offset in wanted and offset not in own:
         own[offset] = torch.zeros(wanted[offset])
     factors = kohya.read("the file", adapter, own, module)
-    return Reading(adapter, factors, frozenset({*own, ALPHA} & given.keys()), str(adapter))
+    used = own.keys() | ({ALPHA} if adapter.file_alpha(shape_of(module)) is not None else set())
+    return Reading(adapter, factors, frozenset(used & given.keys()), str(adapter))
 
 
 def _whole(marker: str, adapter: Adapter, given: Tensors, module: nn.Module, why: str) -> Reading:
