@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from lycoris.functional import locon as lora
 from lycoris.functional import loha, lokr
+from lycoris.kohya import create_network
 from lycoris.logging import logger
 from lycoris.modules import get_module, make_module
 from lycoris.modules.boft import ButterflyOFTModule
@@ -287,3 +288,67 @@ def test_our_files_are_read(adapter, kind, scalar, tmp_path):
     module.apply_to()
     expected = change(model["layer"], frozen, x)
     assert relative(change(layer, frozen, x), expected) < BOUND
+
+
+# -- whole models ---------------------------------------------------------------------------------
+
+NETWORKS = {
+    "lora": {"algo": "lora", "network_alpha": 3.0},
+    "dora": {"algo": "lora", "network_alpha": 3.0, "dora_wd": True},
+    "loha": {"algo": "loha", "network_alpha": 3.0},
+    "lokr": {"algo": "lokr", "network_alpha": 3.0, "factor": 4},
+    "full": {"algo": "full"},
+    "oft": {"algo": "diag-oft"},
+    "glora": {"algo": "glora", "network_alpha": 3.0},
+    "ia3": {"algo": "ia3"},
+    "lora and norms": {"algo": "lora", "network_alpha": 3.0, "train_norm": True},
+}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_sd):
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    return {
+        "unet": UNet2DConditionModel.from_pretrained(tiny_sd, subfolder="unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(tiny_sd, subfolder="text_encoder"),
+    }
+
+
+@torch.no_grad()
+def outputs(models: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(1)
+    latents, context = (
+        torch.randn(2, 4, 16, 16, generator=rng),
+        torch.randn(2, 9, 32, generator=rng),
+    )
+    noise = models["unet"](latents, torch.tensor([3, 700]), context).sample
+    return noise, models["text_encoder"](torch.arange(18).view(2, 9)).last_hidden_state
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_files_of_whole_networks_are_read(base, name, tmp_path):
+    """Everything in the file is used; by the names that LyCORIS gives the layers of each model."""
+    settings = {"network_alpha": 4.0, **NETWORKS[name]}
+    theirs, ours = copy.deepcopy(base), copy.deepcopy(base)
+    alpha = settings.pop("network_alpha")
+    network = create_network(
+        1.0, 4, alpha, None, theirs["text_encoder"], theirs["unet"], preset="attn-mlp", **settings
+    )
+    network.apply_to(theirs["text_encoder"], theirs["unet"], True, True)
+    rng = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for module in (*network.unet_loras, *network.text_encoder_loras):
+            for parameter in module.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
+    network.eval()
+    network.save_weights(str(tmp_path / "a.safetensors"), None, {})
+    mounted, report = foreign.apply(tmp_path / "a.safetensors", ours)
+    assert [line for line in report if not line.used] == []
+    counts = [len(network.unet_loras), len(network.text_encoder_loras)]
+    assert [len(mounted[part].layers) for part in ("unet", "text_encoder")] == counts
+    for given, expected, frozen in zip(outputs(ours), outputs(theirs), outputs(base), strict=True):
+        # Some fifty layers after each other, each worth BOUND.
+        assert relative(given - frozen, expected - frozen) < 50 * BOUND
+        assert relative(expected, frozen) > 1e-3
