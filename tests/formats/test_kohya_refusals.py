@@ -118,3 +118,28 @@ def test_layers_that_the_layout_cannot_tell_apart_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two layers of the unet are both lora_unet_a_b"):
         kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_model_whose_layers_the_layout_cannot_tell_apart_is_refused(tmp_path):
+    """Only where the file has a layer of that name."""
+    path, _ = one_layer(tmp_path)
+    model = nn.ModuleDict(
+        {"conv": nn.Conv2d(4, 6, 3), "linear": nn.Linear(4, 6), "a_b": nn.Linear(4, 4)}
+    )
+    model["a"] = nn.ModuleDict({"b": nn.Linear(4, 4)})
+    kohya.apply(path, {"unet": model})["unet"].detach()
+    rewrite(path, lambda t, m: [rename(t, k, k.replace("linear", "a_b")) for k in list(t)])
+    with pytest.raises(ValueError, match="a_b and a.b of ModuleDict are 'lora_unet_a_b'"):
+        kohya.apply(path, {"unet": model})
+
+
+@pytest.mark.parametrize("value", [1e6, -1e6])
+def test_a_factor_that_overflows_is_refused_and_nothing_written(value, tmp_path):
+    model = nn.ModuleDict({"linear": nn.Linear(4, 6)})
+    mounted = attach(model, LoRA(rank=2), ["linear"], seed=0)
+    with torch.no_grad():
+        mounted.factors("linear")["b_PR"][3, 1] = value
+    with pytest.raises(ValueError, match=r"lora_up.weight holds 1e\+06, more than torch.float16"):
+        kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {}, dtype=torch.float16)
+    assert os.listdir(tmp_path) == []
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {}, dtype=torch.bfloat16)
