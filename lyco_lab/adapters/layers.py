@@ -393,6 +393,7 @@ def merge_in_place(layer: nn.Module, mount: Mount) -> None:
     weight, bias = original(layer).weight, original(layer).bias
     kernel = mount.adapter.kernel(tuple(weight.shape))
     plain = weight.dtype == mount.dtype and (mount.strength == 1.0 or mount.adapter.scaling)
+    plain = plain and weight.is_contiguous()  # or its unrolling would be a copy
     if isinstance(kernel, plan.AdditiveKernel) and plain:
         with plan.exact(weight):
             kernel.form(weight.data, _evaluated(mount), out=weight.data)

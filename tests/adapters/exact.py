@@ -59,6 +59,13 @@ def check_plans(layer, adapter, seed):
             assert close(one, other), forced
 
 
+def check_merged_in_place(layer, adapter, seed):
+    model, mounted, x = example(layer, adapter, seed)
+    expected = adapter.adapted(mounted.base_weight("0"), mounted.factors("0")).detach()
+    mounted.merge(keep_base=False)
+    assert close(model[0].weight, expected)
+
+
 def check_change(layer, adapter, seed):
     """`change`, in which half precision computes, is (W' - W) x; here in float64."""
     model, mounted, x = example(layer, adapter, seed)

@@ -15,6 +15,7 @@ from tests.adapters.exact import (
     Largest,
     check_change,
     check_derivatives,
+    check_merged_in_place,
     check_plans,
 )
 from tests.strategies import alphas, random_factors, random_weight, ranks, seeds
@@ -141,6 +142,13 @@ loha = st.builds(LoHa, rank=st.integers(1, 3), alpha=alphas, tucker=st.booleans(
 @given(adapter=loha, seed=seeds)
 def test_every_plan_is_exact(layer, adapter, seed):
     check_plans(layer, adapter, seed)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, *GROUPED])
+@settings(max_examples=5)
+@given(adapter=loha, seed=seeds)
+def test_merges_in_place(layer, adapter, seed):
+    check_merged_in_place(layer, adapter, seed)
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, *GROUPED])

@@ -18,6 +18,7 @@ from tests.adapters.exact import (
     Largest,
     check_change,
     check_derivatives,
+    check_merged_in_place,
     check_plans,
 )
 from tests.strategies import alphas, random_factors, random_weight, ranks, seeds
@@ -277,6 +278,13 @@ def test_refuses_impossible_fields(fields):
 @given(adapter=every_form, seed=seeds)
 def test_every_plan_is_exact(layer, adapter, seed):
     check_plans(layer, adapter, seed)
+
+
+@pytest.mark.parametrize("layer", [*LAYERS, *GROUPED])
+@settings(max_examples=5)
+@given(adapter=every_form, seed=seeds)
+def test_merges_in_place(layer, adapter, seed):
+    check_merged_in_place(layer, adapter, seed)
 
 
 @pytest.mark.parametrize("layer", [*LAYERS, *GROUPED])
