@@ -14,7 +14,8 @@ that at 1 ms.
 What is saved for the backward pass leaves out parameters, the layer's input and its output: others
 keep those as well, so they cost nothing more; `+x` and `+y` say that an adapter needs them.
 
---plans measures every plan beside the chosen one. --json adds to a file, row by row, and --table
+--plans measures every plan beside the chosen one. One to four minutes of one core for each shape,
+half an hour for all of them with their plans. --json adds to a file, row by row, and --table
 writes docs/benchmarks.md from it; alone, it measures nothing.
 """
 

@@ -9,8 +9,9 @@ contestant has a process of its own, one after the other, with one thread, glibc
 keeps the frozen weights aside, so that unmerging is exact; "in place" is
 `merge(keep_base=False)`, which takes no memory.
 
-About 15 seconds for each contestant and round. --json adds to a file, row by row, and --table
-writes docs/benchmarks.md from it; alone, it measures nothing.
+About 15 seconds of one core for each contestant and round, a quarter of an hour for all. --json
+adds to a file, row by row, and --table writes docs/benchmarks.md from it; alone, it measures
+nothing.
 """
 
 import argparse
@@ -98,7 +99,9 @@ def text(results: dict[str, Any]) -> str:
             rivals = [
                 other["merge_s"]
                 for rival, other in found.items()
-                if rival.startswith((f"lycoris/{algo}/", f"peft/{algo}")) and "error" not in other
+                if not rival.startswith("ours/")
+                and rival.split("/")[1] == algo
+                and "error" not in other
             ]
             if algo in LEADS and rivals:
                 met = min(rivals) / row["merge_s"] >= LEADS[algo]
