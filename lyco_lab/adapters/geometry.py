@@ -69,7 +69,7 @@ class Geometry(abc.ABC):
 
     def sum_positions(self, y: Tensor) -> Tensor:
         """The gradient of a bias."""
-        return y.flatten(0, -2).sum(0)
+        return flat(y).sum(0)
 
     def first(self, y: Tensor) -> Tensor:
         """Channels last in memory or not: (..., channels)."""
