@@ -132,7 +132,10 @@ def check_gradients(case: Case) -> None:
     rng = torch.Generator().manual_seed(case.seed)
     direction = torch.randn(y.shape, dtype=torch.float64, generator=rng)
     wanted = [*inputs, *(mounted.factors("0")[name] for name in names)]
-    got = torch.autograd.grad((y * direction.to(y.dtype)).sum(), wanted, allow_unused=True)
+    if y.requires_grad:
+        got = torch.autograd.grad((y * direction.to(y.dtype)).sum(), wanted, allow_unused=True)
+    else:  # at strength 0, of a layer whose input is numbers of rows
+        got = (None,) * len(wanted)
     factors, x_64 = double(mounted), x.detach()
     inputs_64 = [x_64 := x_64.double().requires_grad_()] if x_64.is_floating_point() else []
     y_64 = by_definition(case, mounted, x_64, factors)
