@@ -336,7 +336,7 @@ def original(layer: nn.Module) -> Original:
     if layer in _ORIGINALS:
         return _ORIGINALS[layer]
     parameters = layer._parameters
-    weight = cast(nn.Parameter, parameters[weight_name(layer)])
+    weight = cast(nn.Parameter, parameters.get(weight_name(layer)))  # none, if it can't be read
     return Original(weight, cast(Any, parameters.get(bias_name(layer))))
 
 

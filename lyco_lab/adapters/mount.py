@@ -258,7 +258,20 @@ class Mounted:
     def base_weight(self, name: str) -> nn.Parameter:
         """The frozen weight of a layer, merged or not."""
         self._mount(name)
-        return layers.original(self.layers[name]).weight
+        layer = self.layers[name]
+        if layers.is_opaque(layer):
+            kind = type(layer).__name__.removeprefix("Adapted")
+            raise UserError(f"the weight of the layer {name!r}, a {kind}, cannot be read")
+        return layers.original(layer).weight
+
+    def _weight(self, name: str) -> Tensor:
+        """What `delta` takes for W: one of its shape alone, where W cannot be and need not be read."""
+        mount, layer = self._mount(name), self.layers[name]
+        if layers.is_opaque(layer) and not mount.adapter.uses_base:
+            return torch.empty((), dtype=mount.dtype, device=layer.device).expand(
+                layers.shape_of(layer)
+            )
+        return self.base_weight(name)
 
     def base_bias(self, name: str) -> nn.Parameter | None:
         """The frozen bias of a layer, merged or not."""
@@ -267,7 +280,7 @@ class Mounted:
 
     def delta(self, name: str) -> Tensor:
         """W' - W of a layer as applied, strength included, with no rounding from a sum with W."""
-        return layers.weight_delta(self._mount(name), self.base_weight(name))
+        return layers.weight_delta(self._mount(name), self._weight(name))
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
@@ -286,7 +299,7 @@ class Mounted:
             largest = mount.options.max_norm
             if largest is None:
                 continue
-            weight = self.base_weight(name)
+            weight = self._weight(name)
 
             def norm(
                 share: Tensor | float, mount: Mount = mount, weight: Tensor = weight

@@ -375,13 +375,22 @@ def product(
 
 
 def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """W x + b + every adapter's change, each added to the output."""
-    y = layer.base_forward(x)
+    """W x + b + every adapter's change, each added to the output.
+
+    In half precision the changes go into the sum that W x is, which is then rounded once: a change
+    of less than half a step would be lost in a sum with W x rounded before. Of a convolution, or
+    of a layer that can only be called, no more than the rounded output can be had.
+    """
+    op = geometry.of(layer)
+    norm = isinstance(op, geometry.Normalisation)
+    once = dtype in HALF and isinstance(op, geometry.Linear) and not layer.opaque
+    y = None if once else layer.base_forward(x)
     with exact(x):
         # bfloat16 has the range of float32; float16 has not, and would lose small entries. What a
-        # norm layer computes is cheap, and torch keeps it in float32.
-        wide = dtype == torch.float16 or isinstance(layer, geometry.NORMS)
+        # norm layer computes is cheap.
+        wide = dtype == torch.float16 or norm
         frozen = Frozen(layer, factor_dtype(dtype) if wide else dtype)
+        total = None
         for mount in mounts:
             u = mount.input(x)
             u = frozen.op.enter(u.to(frozen.dtype) if u.is_floating_point() else u)
@@ -389,8 +398,53 @@ def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.d
             offset = mount.offset()
             if offset is not None:  # apart from the bias, in which it could be rounded away
                 change = frozen.outputs(change, functools.partial(torch.add, other=offset))
-            y = y + frozen.op.leave(change, x).to(y.dtype)
-    return y
+            change = frozen.op.leave(change, x)
+            total = change if total is None else total + change
+        assert total is not None
+        if y is None:
+            result: Tensor = Onto.apply(
+                total, x.to(dtype), layer.frozen_weight, layer.frozen_bias, dtype
+            )
+            return result
+        if norm and y.dtype in HALF:
+            weight, bias = layer.frozen_weight.to(frozen.dtype), layer.frozen_bias
+            bias = None if bias is None else bias.to(frozen.dtype)
+            return (op.product(x.to(frozen.dtype), weight, bias) + total).to(y.dtype)
+        return y + total.to(y.dtype)
+
+
+class Onto(torch.autograd.Function):
+    """change + W x + b in half precision, as one sum that is rounded once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.dtype = change.dtype
+        start = change.to(dtype) if bias is None else dithered(change.float() + bias, dtype)
+        y = torch.addmm(geometry.flat(start), geometry.flat(x), weight.to(dtype).t())
+        return y.view(change.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        gx = gy @ weight.to(gy.dtype) if ctx.needs_input_grad[1] else None
+        return gy.to(ctx.dtype), gx, None, None, None
+
+
+def dithered(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 tensor in half precision, rounded up as often as it is near the upper step.
+
+    By numbers hashed from each entry's place, so always alike. Rounding to the nearest would keep
+    nothing of a change much smaller than the bias that it is added to.
+    """
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of the significand
+    place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape)
+    place = (place ^ (place >> 15)) * 0x2C1B3C6D
+    place = (place ^ (place >> 12)) * 0x297A2D39
+    bits = x.contiguous().view(torch.int32) + ((place >> 8) & ((1 << dropped) - 1))
+    return (bits & -(1 << dropped)).view(torch.float32).to(dtype)
 
 
 class Frozen(Layer):

@@ -33,3 +33,30 @@ def test_trains_as_the_weight_would():
             optimizer.step()
     mounted.merge()
     torch.testing.assert_close(model[0].weight, free.weight)
+
+
+def test_trains_the_bias_where_it_is_asked_to():
+    layer = nn.Linear(6, 4, dtype=torch.float64)
+    model, x = nn.Sequential(layer), torch.randn(9, 6).double()
+    assert attach(model, Native(), ["0"], seed=0).factors("0").keys() == {"diff"}
+    model = nn.Sequential(nn.Linear(6, 4, dtype=torch.float64))
+    mounted = attach(model, Native(bias=True), ["0"], seed=0)
+    with torch.no_grad():
+        for factor in mounted.parameters():
+            factor.normal_()
+    factors, frozen = mounted.factors("0"), mounted.base_bias("0")
+    plain = nn.functional.linear(
+        x, mounted.base_weight("0") + factors["diff"], frozen + factors["bias"]
+    )
+    torch.testing.assert_close(model(x), plain)
+    trained = mounted.parameters()
+    for gradient, want in zip(
+        torch.autograd.grad(model(x).square().sum(), trained),
+        torch.autograd.grad(plain.square().sum(), trained),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, want)
+    mounted.merge()
+    torch.testing.assert_close(model(x), plain)
+    mounted.unmerge()
+    assert mounted.base_bias("0") is frozen is model[0].bias
