@@ -19,7 +19,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lyco_lab.adapters.base import Factors, Shape
@@ -119,13 +118,11 @@ class Blocks(Kernel):
         return op.grad_input(gz, saved.x_shape, saved.weight), grads
 
     def rotated_outputs(self, op: Any, r_Nbb: Tensor, z: Tensor) -> Tensor:
-        """R z; z is contiguous."""
+        """R z."""
         blocks = blockwise(op, z, self.size)
         if blocks.dim() == 4:
             return (r_Nbb @ blocks).view(z.shape)
-        out = torch.empty_like(z)
-        blockwise(op, out, self.size).mT.baddbmm_(blocks.mT, r_Nbb.mT, beta=0)
-        return out
+        return (blocks.mT @ r_Nbb.mT).transpose(0, 1).reshape(z.shape)
 
 
 def rotated(r_Nbb: Tensor, weight: Tensor) -> Tensor:
