@@ -134,6 +134,44 @@ def test_an_adapter_has_the_defaults_of_its_kind_and_forgets_another_kind(study)
     assert run.adapter == {"kind": "lokr"} | dataclasses.asdict(ADAPTERS["lokr"](factor=4))
 
 
+def test_an_adapter_may_hold_another(study):
+    dora = "{kind: dora, of: {kind: LoHa, rank: 8, alpha: 4}, axis: in, detached: true}"
+    (run,) = study(f"set: {{data.concept: kael, adapter: {dora}}}", ["adapter.of.rank=2"]).runs
+    of = ADAPTERS["loha"](rank=2, alpha=4.0)
+    assert run.adapter_value() == ADAPTERS["dora"](of=of, axis="in", detached=True)
+    assert run.adapter["of"] == {"kind": "loha"} | dataclasses.asdict(of)
+    assert run.hash == a_run(adapter=run.adapter).hash
+    (run,) = study(f"set: {{data.concept: kael, adapter: {dora}}}", ["adapter.of.kind=native"]).runs
+    assert run.adapter_value().of == ADAPTERS["native"]()  # the rank was the other kind's
+    (run,) = study("set: {data.concept: kael, adapter.kind: dora}", ["adapter.of.rank=2"]).runs
+    assert run.adapter_value() == ADAPTERS["dora"](of=ADAPTERS["lora"](rank=2))
+
+
+def test_an_adapter_within_another_survives_the_way_to_its_folder(tmp_path):
+    run = a_run(adapter={"kind": "dora", "of": {"kind": "lokr", "factor": 4}})
+    Record.open(tmp_path, run)
+    assert Record.open(tmp_path, run).path.name == run.folder_name
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["adapter.of.rnak=3"], ["adapter.of.rnak", "did you mean 'adapter.of.rank'?"]),
+        (["adapter.of.rank=x"], ["adapter.of.rank is 'x'", "a whole number"]),
+        (["adapter.of.kind=lorra"], ["adapter.of.kind is 'lorra'", "did you mean 'lora'?"]),
+        (["adapter.of.factor=4"], ["adapter.of.factor", "'lora' has no 'factor'"]),
+        (["adapter.of=lora"], ["adapter.of is 'lora'", "the command line", "keys of its own"]),
+        (["adapter.of.kind=dora"], ["adds to the weight"]),
+        (["adapter.axis=inn"], ["did you mean 'in'?"]),
+        (["adapter.detached=1"], ["adapter.detached is 1", "true or false"]),
+    ],
+)
+def test_what_is_wrong_in_an_adapter_within_another(refused, words, parts):
+    message = refused("set: {data.concept: kael, adapter.kind: dora}", words)
+    for part in parts:
+        assert part in message
+
+
 def test_a_setting_without_a_kind_stays_when_its_kind_is_named_and_is_never_lost(study, refused):
     (run,) = study("set: {data.concept: kael, adapter.rank: 3}", ["adapter.kind=lora"]).runs
     assert run.adapter["rank"] == 3
