@@ -5,7 +5,6 @@ unrolled weight P x QK with K the product of the kernel's sides, so that a kerne
 fastest index of a column, as `weight.flatten(1)` lays them out.
 """
 
-import functools
 import math
 
 import torch
@@ -17,7 +16,6 @@ def unrolled(shape: tuple[int, ...]) -> tuple[int, int]:
     return shape[0], math.prod(shape[1:])
 
 
-@functools.cache
 def split(size: int, factor: int) -> tuple[int, int]:
     """size = u * v with u the largest divisor that exceeds neither `factor` nor sqrt(size).
 
@@ -26,7 +24,9 @@ def split(size: int, factor: int) -> tuple[int, int]:
     Its loader applies its own rule, so it cannot read a LoKr file with factored blocks that holds
     such a layer, as `conv_in` with 4 inputs is by a factor of 4; full blocks it can.
     """
-    u = max(u for u in range(1, math.isqrt(size) + 1) if size % u == 0 and u <= max(factor, 1))
+    u = max(1, min(factor, math.isqrt(size)))
+    while size % u:  # seldom far; a cache would hide this function from torch.compile
+        u -= 1
     return u, size // u
 
 

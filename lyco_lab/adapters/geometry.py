@@ -18,7 +18,6 @@ that way, and transposing back is free.
 """
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -210,12 +209,11 @@ class Convolution(Geometry):
         return y
 
     def tokens(self, x: Tensor, weight: Tensor) -> int:
-        sides = zip(
-            x.shape[2:], weight.shape[2:], self.stride, self.padding, self.dilation, strict=True
-        )
-        return x.shape[0] * math.prod(
-            (n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides
-        )
+        count = x.shape[0]
+        for i in range(len(self.stride)):
+            reach = self.dilation[i] * (weight.shape[2 + i] - 1) + 1
+            count *= (x.shape[2 + i] + 2 * self.padding[i] - reach) // self.stride[i] + 1
+        return count
 
     def _backward(
         self, gy: Tensor, x: Tensor, weight: Tensor, mask: tuple[bool, bool]
