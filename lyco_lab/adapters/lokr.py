@@ -381,6 +381,15 @@ def shared(left: Tensor, rights: Tensor) -> Tensor:
     return torch.bmm(left.expand(len(rights), -1, -1), rights)
 
 
+def add_products_(ys: Tensor, lefts: Tensor, right: Tensor, scale: float) -> None:
+    """y += scale * left @ right for each, in place."""
+    rights = right.expand(len(lefts), -1, -1)
+    if torch.compiler.is_compiling():  # which loses how the matrices of `ys` lie in memory
+        ys.add_(torch.bmm(lefts, rights), alpha=scale)
+    else:
+        ys.baddbmm_(lefts, rights, alpha=scale)
+
+
 def cross(gh: Tensor, h: Tensor, U: int, S: int) -> Tensor:
     """The gradient of C in gh = mix(h, C)."""
     flat_gh, flat_h = gh.reshape(-1, U, gh[0].numel()), h.reshape(-1, S, h[0].numel())
@@ -461,7 +470,7 @@ class Tokens:
         self.apply_(ys, h.transpose(1, 2), b_VR, scale)
 
     def apply_(self, ys: Tensor, h: Tensor, d_VT: Tensor, scale: float) -> None:
-        ys.baddbmm_(h, d_VT.t().expand(len(h), -1, -1), alpha=scale)
+        add_products_(ys, h, d_VT.t(), scale)
 
     def down(self, gys: Tensor, b_VR: Tensor) -> Tensor:
         return shared(b_VR.t(), gys.transpose(1, 2))
@@ -470,7 +479,7 @@ class Tokens:
         return torch.bmm(gys, d_VT.expand(len(gys), -1, -1))
 
     def back_(self, gxs: Tensor, gh: Tensor, d_VT: Tensor, scale: float) -> None:
-        gxs.baddbmm_(gh, d_VT.expand(len(gh), -1, -1), alpha=scale)
+        add_products_(gxs, gh, d_VT, scale)
 
     def side_(self, gxs: Tensor, gh: Tensor, a_RT: Tensor) -> None:
         self.back_(gxs, gh.transpose(1, 2), a_RT, 1.0)
