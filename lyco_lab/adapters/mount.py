@@ -121,11 +121,13 @@ def _mount(
     if adapter.trains_bias() and original.bias is not None:
         start[BIAS] = torch.zeros(original.bias.shape, dtype=computing)
     kept = dtype if computing == torch.float32 else computing
+    within = adapter.inner.factor_shapes(target.shape)
     factors = FactorDict(
         {
             name: nn.Parameter(
-                # The untrained as well: the degree counts all factors of the rule.
-                (scale * value).to(reference.device, kept),
+                # The untrained as well: the degree counts all factors of the rule. Not what
+                # wraps it, as a magnitude does, which stands where the frozen weight put it.
+                (scale * value if name in within else value).to(reference.device, kept),
                 requires_grad=name not in adapter.untrained,
             )
             for name, value in start.items()

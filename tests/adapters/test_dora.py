@@ -146,6 +146,14 @@ def test_starts_at_the_frozen_layer_bit_for_bit(of, layer, axis, seed):
     assert torch.equal(model(x), frozen)
 
 
+def test_init_scale_leaves_the_magnitude_where_the_weight_put_it():
+    model = nn.Sequential(nn.Linear(8, 12))
+    mounted = attach(model, DoRA(LoRA(2)), ["0"], seed=0, init_scale=0.25)
+    assert not mounted.delta("0").any()
+    whole = attach(nn.Sequential(nn.Linear(8, 12)), DoRA(LoRA(2)), ["0"], seed=0).factors("0")
+    assert torch.equal(mounted.factors("0")["a_RQ"], 0.25 * whole["a_RQ"])
+
+
 @inner
 @pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
 @settings(max_examples=8)
