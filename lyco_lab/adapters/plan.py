@@ -331,7 +331,11 @@ def choose(costs: dict[Plan, float]) -> Plan:
     """The cheapest plan, or the forced one where it is among them."""
     if isinstance(_forced, Plan) and _forced in costs:
         return _forced
-    return min(costs, key=lambda plan: costs[plan])
+    cheapest = next(iter(costs))  # a loop, as torch.compile does not see through min with a key
+    for plan, cost in costs.items():
+        if cost < costs[cheapest]:
+            cheapest = plan
+    return cheapest
 
 
 def kernel_of(adapter: Adapter, op: Geometry, shape: Shape) -> Kernel:
