@@ -78,6 +78,7 @@ def test_a_compiled_model_is_the_model(cls, wanted):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
 def test_the_default_compiler_takes_it():
     torch.compiler.reset()
     model, mounted, x = mounted_block(ADAPTERS["lora"], rank_dropout=0.3)
