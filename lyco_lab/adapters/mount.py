@@ -267,7 +267,7 @@ class Mounted:
         return layers.original(layer).weight
 
     def _weight(self, name: str) -> Tensor:
-        """What `delta` takes for W: one of its shape alone, where W cannot be and need not be read."""
+        """What `delta` takes for W: only its shape, where W cannot be and need not be read."""
         mount, layer = self._mount(name), self.layers[name]
         if layers.is_opaque(layer) and not mount.adapter.uses_base:
             return torch.empty((), dtype=mount.dtype, device=layer.device).expand(

@@ -381,9 +381,10 @@ def product(
 def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.dtype) -> Tensor:
     """W x + b + every adapter's change, each added to the output.
 
-    In half precision the changes go into the sum that W x is, which is then rounded once: a change
-    of less than half a step would be lost in a sum with W x rounded before. Of a convolution, or
-    of a layer that can only be called, no more than the rounded output can be had.
+    In half precision a change of less than half a step would be lost in a sum with W x, which was
+    rounded before. On linear layers the changes go into the sum that W x is, which is then rounded
+    once; on others the sum of the two is rounded up or down as often as it is near the one or the
+    other, so that every change arrives, if not at every position.
     """
     op = geometry.of(layer)
     norm = isinstance(op, geometry.Normalisation)
@@ -414,7 +415,22 @@ def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.d
             weight, bias = layer.frozen_weight.to(frozen.dtype), layer.frozen_bias
             bias = None if bias is None else bias.to(frozen.dtype)
             return (op.product(x.to(frozen.dtype), weight, bias) + total).to(y.dtype)
-        return y + total.to(y.dtype)
+        if y.dtype not in HALF:
+            return y + total.to(y.dtype)
+        rounded: Tensor = Rounded.apply(y.float() + total.float(), y.dtype)
+        return rounded
+
+
+class Rounded(torch.autograd.Function):
+    """`dithered`, for gradients a mere change of precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return dithered(x, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
+        return gy.float(), None
 
 
 class Onto(torch.autograd.Function):

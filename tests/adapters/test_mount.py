@@ -7,11 +7,14 @@ import torch
 from torch import nn
 
 from lyco_lab.adapters import ADAPTERS
+from lyco_lab.adapters.dora import DoRA
+from lyco_lab.adapters.ia3 import IA3
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach, survey
 from lyco_lab.adapters.native import Native
+from lyco_lab.adapters.oft import OFT
 
 
 class Net(nn.Module):
@@ -61,7 +64,7 @@ def test_layers_keep_their_names_and_types():
     net, _ = net_and_input()
     names = set(dict(net.named_modules()))
     attach(net, LoHa(), NAMES, seed=0)
-    assert names == {name for name in dict(net.named_modules()) if not name.endswith("factors")}
+    assert names == {name for name in dict(net.named_modules()) if "mounts" not in name}
     assert isinstance(net.conv, nn.Conv2d)
     assert isinstance(net.block[0], nn.Linear)
     assert net.block[2].bias is None
@@ -94,6 +97,7 @@ def test_init_scale_multiplies_every_factor():
 @pytest.mark.parametrize("cls", ADAPTERS.values(), ids=ADAPTERS.keys())
 def test_norms_are_those_of_the_applied_change(cls):
     net, _ = net_and_input()
+    NAMES = ["norm"] if cls.takes == "norm" else ["conv", "block.0"]
     base = {name: net.get_submodule(name).weight.clone() for name in NAMES}
     mounted = attach(net, cls(), NAMES, seed=0)
     move(mounted)
@@ -146,8 +150,8 @@ def test_a_state_that_does_not_fit_changes_nothing(spoil, words):
         (LoRA(), [], "no layer of Net was named"),
         (LoRA(), ["block.0", "block.0"], "'block.0' is named twice"),
         (LoRA(), ["block.0", "block.3"], r"no layer 'block.3' \(did you mean 'block.[02]'\?\)"),
-        (LoRA(), ["conv", "norm"], "'norm': it is a GroupNorm.*needs one of Linear.*leave it out"),
-        (LoRA(), ["block"], "it is a Sequential"),
+        (LoRA(), ["conv", "norm"], "LoRA on the layer 'norm': it is a GroupNorm.*leave it out"),
+        (LoRA(), ["block"], "it is a Sequential, and an adapter needs one of Linear.*leave it out"),
         (LoKr(factor=2), ["conv", "odd"], r"layer 'odd' of shape \(9, 8\).*cannot split 9 outputs"),
     ],
 )
@@ -167,7 +171,7 @@ def test_refuses_a_start_that_cannot_train(scale):
     net, _ = net_and_input()
     described = repr(net)
     with pytest.raises(ValueError, match="init_scale of layer 'conv'"):
-        attach(net, LoRA(), NAMES, seed=0, init_scale=scale)
+        attach(net, LoRA(rank=4), NAMES, seed=0, init_scale=scale)
     assert repr(net) == described
 
 
@@ -178,11 +182,88 @@ def test_refuses_one_layer_under_two_names():
         attach(net, LoRA(), ["conv", "alias"], seed=0)
 
 
-def test_refuses_a_second_adapter_on_a_layer():
+def test_refuses_the_same_adapter_on_a_layer_again():
     net, _ = net_and_input()
     attach(net, LoRA(), ["conv"], seed=0)
     with pytest.raises(ValueError, match="'conv' already carries LoRA.*detach it first"):
-        attach(net, LoHa(), NAMES, seed=0)
+        attach(net, LoRA(), ["conv", "block.0"], seed=0)
+
+
+@pytest.mark.parametrize("second", [LoHa(rank=2), DoRA(of=LoRA(rank=3)), OFT(4), IA3()], ids=str)
+@pytest.mark.parametrize("name", ["conv", "block.0"])
+def test_the_changes_of_several_adapters_on_a_layer_add_up(second, name):
+    net, x = net_and_input()
+    plain = copy.deepcopy(net)
+    one = attach(net, LoRA(rank=2), [name], seed=0)
+    other = attach(net, second, [name], seed=1)
+    move(one), move(other)
+    other.strength = 0.5
+    plain.get_submodule(name).weight.data += one.delta(name) + other.delta(name)
+    torch.testing.assert_close(net(x), plain(x))
+    gradients = torch.autograd.grad(net(x).sum(), [*one.parameters(), *other.parameters()])
+    assert all(gradient.any() for gradient in gradients)
+
+
+def test_adapters_on_one_layer_merge_and_come_off_in_any_order():
+    net, x = net_and_input()
+    base, before = net(x), net.conv.weight.clone()
+    one, other = (attach(net, cls(rank=2), ["conv"], seed=0) for cls in (LoRA, LoHa))
+    move(one), move(other)
+    both = net(x)
+    one.merge()
+    torch.testing.assert_close(net(x), both)
+    other.merge()
+    assert type(net.conv) is nn.Conv2d
+    torch.testing.assert_close(net(x), both)
+    one.unmerge()
+    torch.testing.assert_close(net(x), both)
+    other.unmerge()
+    assert torch.equal(net.conv.weight, before)
+    assert torch.equal(net(x), both)
+    one.detach()
+    other.detach()
+    assert torch.equal(net(x), base)
+
+
+def test_what_depends_on_the_frozen_weight_keeps_it_from_being_merged():
+    net, _ = net_and_input()
+    one, other = (attach(net, adapter, ["conv"], seed=0) for adapter in (LoRA(), OFT(4)))
+    with pytest.raises(ValueError, match="'conv' also carries OFT.*merge or detach that first"):
+        one.merge()
+    other.merge()
+    one.merge()
+    with pytest.raises(ValueError, match="an adapter is merged into it; unmerge"):
+        attach(net, OFT(2), ["conv"], seed=0)
+
+
+def test_patterns_match_whole_names_of_layers_that_can_be_adapted():
+    net, _ = net_and_input()
+    assert list(attach(net, LoRA(rank=2), ["b*"], seed=0).layers) == ["block.0", "block.2"]
+    with pytest.raises(ValueError, match="the pattern 'lock.*' matches no layer of Net"):
+        attach(net, LoHa(rank=2), ["lock.*"], seed=0)
+    with pytest.raises(ValueError, match="'norm': it is a GroupNorm"):
+        attach(net, LoHa(rank=2), ["*"], seed=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_a_weight_that_is_not_finite(value):
+    net, _ = net_and_input()
+    with torch.no_grad():
+        net.block[0].weight[3, 2] = value
+    with pytest.raises(ValueError, match="'block.0': its weight holds numbers that are not finite"):
+        attach(net, LoRA(), ["conv", "block.0"], seed=0)
+    assert type(net.conv) is nn.Conv2d
+
+
+def test_explains_each_layer():
+    net, _ = net_and_input()
+    mounted = attach(net, LoRA(rank=2), ["conv", "block.0"], seed=0)
+    rows = mounted.explain(tokens=8)
+    assert [row.name for row in rows] == ["conv", "block.0"]
+    assert [row.layer for row in rows] == ["Conv2d", "Linear"]
+    assert [row.shape for row in rows] == [(8, 4, 3, 3), (12, 8)]
+    assert [row.params for row in rows] == [2 * (8 + 36), 2 * (12 + 8)]
+    assert all("LoRA(rank=2" in row.adapter and row.plan for row in rows)
 
 
 def test_two_adapters_share_a_model():
@@ -198,7 +279,7 @@ def test_two_adapters_share_a_model():
 
 
 def test_each_act_has_its_state():
-    mounted = attach(net_and_input()[0], LoRA(), NAMES, seed=0)
+    mounted = attach(net_and_input()[0], LoRA(rank=4), NAMES, seed=0)
     with pytest.raises(ValueError, match="cannot unmerge: the adapter is mounted"):
         mounted.unmerge()
     mounted.merge()
@@ -212,14 +293,14 @@ def test_each_act_has_its_state():
     mounted.detach()  # merged or not
     with pytest.raises(ValueError, match="the adapter is detached; attach it again"):
         mounted.merge()
-    again = attach(mounted.model, LoRA(), NAMES, seed=0)
+    again = attach(mounted.model, LoRA(rank=4), NAMES, seed=0)
     with pytest.raises(ValueError, match="strength of an adapter must be finite, got nan"):
         again.strength = float("nan")
 
 
 def test_the_base_returns_after_an_error_inside_disabled():
     net, x = net_and_input()
-    mounted = attach(net, LoRA(), NAMES, seed=0)
+    mounted = attach(net, LoRA(rank=4), NAMES, seed=0)
     move(mounted)
     mounted.strength = 0.75
     adapted = net(x)
@@ -242,7 +323,7 @@ def test_merging_leaves_a_layer_that_shares_the_weight():
 
 def test_a_copied_model_keeps_its_own_factors():
     net, x = net_and_input()
-    mounted = attach(net, LoRA(), NAMES, seed=0)
+    mounted = attach(net, LoRA(rank=4), NAMES, seed=0)
     move(mounted)
     copied, expected = copy.deepcopy(net), net(x)
     move(mounted)

@@ -1,4 +1,4 @@
-"""Options: dropouts are unbiased and repeatable, the scalar starts at nothing, norms are limited."""
+"""Dropouts are unbiased and repeatable, the scalar starts at nothing, norms are limited."""
 
 import math
 

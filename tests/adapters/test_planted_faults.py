@@ -39,12 +39,13 @@ def gamma_twice(monkeypatch):
 
 
 def transposed_factor(monkeypatch):
-    monkeypatch.setattr(
-        Adapter, "from_file", lambda self, shape, tensors, _real=Adapter.from_file: {
-            name: factor.reshape(factor.shape[::-1]).t().contiguous() if factor.dim() == 2 else factor
-            for name, factor in _real(self, shape, tensors).items()
-        },
-    )  # fmt: skip
+    read = Adapter.from_file
+
+    def transposed(self, shape, tensors):
+        factors = read(self, shape, tensors)
+        return {name: f.reshape(f.shape[::-1]).t().contiguous() for name, f in factors.items()}
+
+    monkeypatch.setattr(Adapter, "from_file", transposed)
 
 
 def dropped_bias(monkeypatch):
@@ -70,8 +71,6 @@ def rotated_the_other_way(monkeypatch):
         "delta",
         lambda self, weight, factors: delta(self, weight, {k: -v for k, v in factors.items()}),
     )
-    monkeypatch.setattr(OFT, "adapted", lambda self, weight, factors, _real=OFT.adapted: _real(
-        self, weight, factors))  # fmt: skip
 
 
 def gradient_without_gamma(monkeypatch):

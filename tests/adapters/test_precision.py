@@ -69,6 +69,29 @@ def test_a_small_change_is_applied_in_full(cls, mode):
     assert (found - delta).norm() < 1.3 * SIDE * NOISE * delta.norm()
 
 
+@on_matrices
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
+def test_a_small_change_of_a_convolution_is_applied_in_full(cls, mode):
+    """On average over positions; its own rounding has twice the deviation of one to the nearest."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Conv2d(4, SIDE, 3)), torch.randn(TOKENS // 64, 4, 10, 10)
+    if mode == "bfloat16":
+        model, x = model.bfloat16(), x.bfloat16()
+    mounted = attach(model, small(cls), ["0"], seed=0).eval()
+    shrink(mounted, RATIO)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+        changed = model(x)
+        with mounted.disabled():
+            frozen = model(x)
+        delta = mounted.delta("0").double()
+    assert changed.dtype == torch.bfloat16
+    difference = changed.double() - frozen.double()
+    expected = nn.functional.conv2d(x.bfloat16().double(), delta)
+    share = (difference * expected).sum() / expected.square().sum()
+    assert abs(share - 1) < 0.01 > 3 * 1.6 * NOISE
+
+
 GRADIENTS = {torch.float32: 1e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 
 
