@@ -50,22 +50,32 @@ def test_the_first_four_are_found():
 
 
 @every_adapter
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_forward_merged_scaled_and_reloaded_are_the_definition(cls, data, tmp_path_factory):
     check_values(data.draw(cases(cls)), tmp_path_factory.getbasetemp())
 
 
 @every_adapter
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_gradients_are_those_of_the_definition(cls, data):
     check_gradients(data.draw(cases(cls)))
 
 
 @every_adapter
+@pytest.mark.slow
+@settings(max_examples=400)
+@given(data=st.data())
+def test_the_law_holds_in_thousands_of_cases(cls, data, tmp_path_factory):
+    case = data.draw(cases(cls))
+    check_values(case, tmp_path_factory.getbasetemp())
+    check_gradients(case)
+
+
+@every_adapter
 @pytest.mark.parametrize("forced", [plan.SIDE_TOKENS, plan.FORM_TOKENS, plan.FORM_DENSE], ids=str)
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_every_plan_is_the_definition(cls, forced, data, tmp_path_factory):
     """A kernel that has no such plan takes another, and is tested again: plans never differ."""
