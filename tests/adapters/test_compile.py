@@ -89,3 +89,43 @@ def test_the_default_compiler_takes_it():
     for gradient, want in zip(gradients, wants, strict=True):
         torch.testing.assert_close(gradient, want, rtol=1e-3, atol=1e-4)
     torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated")
+@pytest.mark.parametrize("kind", ["lora", "loha", "lokr", "dora", "oft", "boft", "ia3", "glora"])
+def test_an_adapted_unet_compiles_whole(kind):
+    """Stable Diffusion's own, small, with an adapter on each linear layer and convolution."""
+    from diffusers import UNet2DConditionModel
+
+    torch.compiler.reset()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=8,
+            norm_num_groups=4,
+            attention_head_dim=2,
+        )
+        x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 8)
+    cls = ADAPTERS[kind]
+    adapter = cls(**({"rank": 2} if "rank" in cls.__dataclass_fields__ else {}))
+    options = Options(module_dropout=0.2) if kind == "lora" else Options()
+    names = ["*.attn?.to_*", "*.ff.net.*", "*.resnets.?.conv?"]
+    mounted = attach(unet, adapter, names, seed=0, options=options)
+    move(mounted, 1, size=0.05)
+    time = torch.tensor([500])
+
+    def gradients(model):
+        mounted.step = 0
+        y = model(x, time, text, return_dict=False)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), mounted.parameters())]
+
+    compiled = gradients(torch.compile(unet, fullgraph=True, backend="aot_eager"))
+    for one, other in zip(compiled, gradients(unet), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    torch.compiler.reset()
