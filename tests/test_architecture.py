@@ -20,7 +20,7 @@ ORDER = (
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {
     "adapters": {
-        "attention", "base", "geometry", "layers", "lowrank", "mount", "options", "plan",
+        "attention", "base", "geometry", "layers", "lowrank", "mount", "options", "plan", "forward",
         "rescale", "rotation", "targeting",
     },
     "evaluate": {"base", "stage"},

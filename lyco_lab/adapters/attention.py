@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lyco_lab.adapters import plan
+from lyco_lab.adapters import forward
 from lyco_lab.errors import UserError
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _projections(mha: Any, query: Tensor, key: Tensor, value: Tensor) -> list[Te
         biases = (None,) * 3 if mha.in_proj_bias is None else mha.in_proj_bias.chunk(3)
         given = zip((query, key, value), weights, biases, strict=True)
         return [F.linear(x, weight, bias) for x, weight, bias in given]
-    whole = {id(x): plan.apply(mha, x) for x in (query, key, value)}
+    whole = {id(x): forward.apply(mha, x) for x in (query, key, value)}
     return [whole[id(x)].chunk(3, -1)[i] for i, x in enumerate((query, key, value))]
 
 

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lyco_lab.adapters import attention, geometry, plan
+from lyco_lab.adapters import attention, forward, geometry, plan
 from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
 from lyco_lab.adapters.options import Options
 from lyco_lab.seeds import uniforms
@@ -160,7 +160,7 @@ class Adapted(nn.Module):
     opaque: bool = False  # it can be called, but its weight not read
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return plan.apply(self, *args, **kwargs)
+        return forward.apply(self, *args, **kwargs)
 
     def active(self) -> list[Mount]:
         """The adapters that change anything now."""

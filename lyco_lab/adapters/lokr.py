@@ -46,9 +46,9 @@ from lyco_lab.adapters.plan import (
     FORM_TOKENS,
     PASS,
     SIDE_TOKENS,
-    AdditiveKernel,
     Plan,
     Sizes,
+    TokenKernel,
     skinny,
 )
 from lyco_lab.errors import UserError
@@ -234,7 +234,7 @@ def right_grads(factors: Factors, gb_VR: Tensor | None, ga_RT: Tensor) -> Factor
 
 
 @dataclass(frozen=True)
-class Blocks(AdditiveKernel):
+class Blocks(TokenKernel):
     """gamma C (x) D."""
 
     shape: Shape

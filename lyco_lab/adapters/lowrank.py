@@ -20,15 +20,15 @@ from lyco_lab.adapters.plan import (
     FORM_TOKENS,
     PASS,
     SIDE_TOKENS,
-    AdditiveKernel,
     Plan,
     Sizes,
+    TokenKernel,
     skinny,
 )
 
 
 @dataclass(frozen=True)
-class LowRank(AdditiveKernel):
+class LowRank(TokenKernel):
     """gamma B A, with B of P x R and A of R x Q."""
 
     shape: Shape

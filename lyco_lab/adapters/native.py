@@ -13,7 +13,7 @@ Reference:
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -74,13 +74,3 @@ class Offset(AdditiveKernel):
 
     def dense_grads(self, gw: Tensor, factors: Factors) -> Factors:
         return {"diff": gw}
-
-    # Through D itself a side path costs more than W', whatever the number of tokens.
-
-    def side_(self, op: Any, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
-        raise NotImplementedError("Native has no plan that goes beside the weight")
-
-    def token_grads(
-        self, op: Any, gy: Tensor, x: Tensor, factors: Factors, gx: Tensor | None
-    ) -> Factors:
-        raise NotImplementedError("Native has no plan that goes beside the weight")

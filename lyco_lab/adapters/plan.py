@@ -15,18 +15,10 @@ a weight once more costs, and SKINNY, how much slower a product of few rows runs
 Nothing of a weight's size is kept for the backward pass: `Exact` keeps the input (or the output,
 where the change can be undone) and the factors, and forms W' again. A backward pass that is itself
 differentiated goes by plain autograd, as does everything within `forced("reference")`.
-
-Where the factors' way is not open to a kernel (half precision, in which W + delta would round a
-small delta away; dropout; several adapters; a base that can only be called) the layer is
-
-    y = W x + b + sum_i (W_i' - W) u_i            u_i = x, or x with a part dropped
-
-with every change added to the output, and computed at that size.
 """
 
 import abc
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,11 +27,11 @@ import torch
 from torch import Tensor
 
 from lyco_lab.adapters import geometry
-from lyco_lab.adapters.base import Adapter, Factors, Layer, Shape
+from lyco_lab.adapters.base import Adapter, Factors, Shape
 from lyco_lab.adapters.geometry import Geometry
 
 if TYPE_CHECKING:
-    from lyco_lab.adapters.layers import Adapted, Mount
+    pass
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -173,11 +165,33 @@ def formed_grads(
 
 
 class AdditiveKernel(Kernel):
-    """W' = W + gamma T: what is left to say is how T acts on tokens, and how it is formed."""
+    """W' = W + gamma T, formed: what is left to say is how, and what comes of the gradient."""
 
     @abc.abstractmethod
     def form(self, weight: Tensor, factors: Factors, out: Tensor | None = None) -> Tensor:
         """W', in as few passes over it as possible; into `out`, which may be W itself."""
+
+    @abc.abstractmethod
+    def dense_grads(self, gw: Tensor, factors: Factors) -> Factors:
+        """The factors' gradients from G, of W's shape, which may be overwritten."""
+
+    def forward(
+        self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return op.product(x, self.form(weight, factors), bias), ()
+
+    def backward(
+        self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
+    ) -> tuple[Tensor | None, Factors]:
+        x, weight, factors = saved.input(), saved.weight, saved.factors
+        if not need_gx:
+            return None, self.dense_grads(op.grad_weight(gy, x, weight), factors)
+        gx, gw = op.grads(gy, x, self.form(weight, factors))
+        return gx, self.dense_grads(gw, factors)
+
+
+class TokenKernel(AdditiveKernel):
+    """One whose T also acts on tokens without being formed."""
 
     @abc.abstractmethod
     def side_(self, op: Any, y: Tensor, x: Tensor, factors: Factors) -> Tensor:
@@ -189,33 +203,25 @@ class AdditiveKernel(Kernel):
     ) -> Factors:
         """The factors' gradients by products over tokens; gx += gamma T^T gy where it is given."""
 
-    @abc.abstractmethod
-    def dense_grads(self, gw: Tensor, factors: Factors) -> Factors:
-        """The factors' gradients from G, of W's shape, which may be overwritten."""
-
     def forward(
         self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         if plan.apply == "form":
-            return op.product(x, self.form(weight, factors), bias), ()
+            return super().forward(op, plan, x, weight, bias, factors)
         return self.side_(op, op.product(x, weight, bias), x, factors), ()
 
     def backward(
         self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
     ) -> tuple[Tensor | None, Factors]:
-        x, weight, factors = saved.input(), saved.weight, saved.factors
         if plan.grads == "dense":
-            if not need_gx:
-                return None, self.dense_grads(op.grad_weight(gy, x, weight), factors)
-            adapted = self.form(weight, factors) if plan.apply == "form" else weight
-            gx, gw = op.grads(gy, x, adapted)
-            return gx, self.dense_grads(gw, factors)
+            return super().backward(op, plan, gy, saved, need_gx)
+        x, factors = saved.input(), saved.factors
         if not need_gx:
             return None, self.token_grads(op, gy, x, factors, None)
         if plan.apply == "form":
-            gx = op.grad_input(gy, saved.x_shape, self.form(weight, factors))
+            gx = op.grad_input(gy, saved.x_shape, self.form(saved.weight, factors))
             return gx, self.token_grads(op, gy, x, factors, None)
-        gx = op.grad_input(gy, saved.x_shape, weight)
+        gx = op.grad_input(gy, saved.x_shape, saved.weight)
         return gx, self.token_grads(op, gy, x, factors, gx)
 
 
@@ -288,31 +294,6 @@ class Call:
     adapter: Adapter
 
 
-class Formation(torch.autograd.Function):
-    """V x for V = form(factors), formed again in the backward pass."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        op: Geometry,
-        form: Callable[[Factors], Tensor],
-        names: tuple[str, ...],
-        x: Tensor,
-        *values: Tensor,
-    ) -> Tensor:
-        ctx.op, ctx.form, ctx.names = op, form, names
-        ctx.save_for_backward(x, *values)
-        factors = dict(zip(names, values, strict=True))
-        return op.product(x, form(factors).to(x.dtype) if x.is_floating_point() else form(factors))
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
-        x, *values = ctx.saved_tensors
-        factors = dict(zip(ctx.names, values, strict=True))
-        gx, grads = formed_grads(ctx.op, gy, x, ctx.form, factors, ctx.needs_input_grad[3])
-        return None, None, None, gx, *(grads.get(name) for name in ctx.names)
-
-
 _forced: Plan | Literal["reference"] | None = None
 
 
@@ -325,6 +306,10 @@ def forced(plan: Plan | Literal["reference"]) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def is_forced(plan: Plan | Literal["reference"]) -> bool:
+    return _forced == plan
 
 
 def choose(costs: dict[Plan, float]) -> Plan:
@@ -346,23 +331,6 @@ def kernel_of(adapter: Adapter, op: Geometry, shape: Shape) -> Kernel:
     return kernel
 
 
-def apply(layer: "Adapted", x: Tensor) -> Tensor:
-    """The layer's output with its adapters."""
-    mounts = layer.active()
-    if not mounts:
-        return layer.base_forward(x)
-    dtype = computing_dtype(layer.dtype, layer.device)
-    (first, *others) = mounts
-    fused = not others and dtype not in HALF and not layer.opaque and first.is_plain()
-    if not fused:
-        return added(layer, mounts, x, dtype)
-    op = geometry.of(layer)
-    with exact(x):
-        weight, bias = layer.frozen_weight, layer.bias_with(first)
-        y = product(op, first.adapter, op.enter(x), weight, bias, first.current())
-        return op.leave(y, x)
-
-
 def product(
     op: Geometry, adapter: Adapter, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
 ) -> Tensor:
@@ -376,155 +344,6 @@ def product(
     call = Call(kernel, op, choose(kernel.costs(sizes)), tuple(factors), adapter)
     y: Tensor = Exact.apply(call, x, weight, bias, *factors.values())
     return y
-
-
-def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.dtype) -> Tensor:
-    """W x + b + every adapter's change, each added to the output.
-
-    In half precision a change of less than half a step would be lost in a sum with W x, which was
-    rounded before. On linear layers the changes go into the sum that W x is, which is then rounded
-    once; on others the sum of the two is rounded up or down as often as it is near the one or the
-    other, so that every change arrives, if not at every position.
-    """
-    op = geometry.of(layer)
-    norm = isinstance(op, geometry.Normalisation)
-    once = dtype in HALF and isinstance(op, geometry.Linear) and not layer.opaque
-    y = None if once else layer.base_forward(x)
-    with exact(x):
-        # bfloat16 has the range of float32; float16 has not, and would lose small entries. What a
-        # norm layer computes is cheap.
-        wide = dtype == torch.float16 or norm
-        frozen = Frozen(layer, factor_dtype(dtype) if wide else dtype)
-        total = None
-        for mount in mounts:
-            u = mount.input(x)
-            u = frozen.op.enter(u.to(frozen.dtype) if u.is_floating_point() else u)
-            change = mount.scaled(mount.adapter.change(frozen, u, mount.current()))
-            offset = mount.offset()
-            if offset is not None:  # apart from the bias, in which it could be rounded away
-                change = frozen.outputs(change, functools.partial(torch.add, other=offset))
-            change = frozen.op.leave(change, x)
-            total = change if total is None else total + change
-        assert total is not None
-        if y is None:
-            result: Tensor = Onto.apply(
-                total, x.to(dtype), layer.frozen_weight, layer.frozen_bias, dtype
-            )
-            return result
-        if norm and y.dtype in HALF:
-            weight, bias = layer.frozen_weight.to(frozen.dtype), layer.frozen_bias
-            bias = None if bias is None else bias.to(frozen.dtype)
-            return (op.product(x.to(frozen.dtype), weight, bias) + total).to(y.dtype)
-        if y.dtype not in HALF:
-            return y + total.to(y.dtype)
-        rounded: Tensor = Rounded.apply(y.float() + total.float(), y.dtype)
-        return rounded
-
-
-class Rounded(torch.autograd.Function):
-    """`dithered`, for gradients a mere change of precision."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
-        return dithered(x, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
-        return gy.float(), None
-
-
-class Onto(torch.autograd.Function):
-    """change + W x + b in half precision, as one sum that is rounded once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, change: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
-    ) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtype = change.dtype
-        start = change.to(dtype) if bias is None else dithered(change.float() + bias, dtype)
-        y = torch.addmm(geometry.flat(start), geometry.flat(x), weight.to(dtype).t())
-        return y.view(change.shape)
-
-    @staticmethod
-    def backward(ctx: Any, gy: Tensor) -> Any:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        gx = gy @ weight.to(gy.dtype) if ctx.needs_input_grad[1] else None
-        return gy.to(ctx.dtype), gx, None, None, None
-
-
-def dithered(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 tensor in half precision, rounded up as often as it is near the upper step.
-
-    By numbers hashed from each entry's place, so always alike. Rounding to the nearest would keep
-    nothing of a change much smaller than the bias that it is added to.
-    """
-    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of the significand
-    place = torch.arange(x.numel(), device=x.device, dtype=torch.int32).view(x.shape)
-    place = (place ^ (place >> 15)) * 0x2C1B3C6D
-    place = (place ^ (place >> 12)) * 0x297A2D39
-    bits = x.contiguous().view(torch.int32) + ((place >> 8) & ((1 << dropped) - 1))
-    return (bits & -(1 << dropped)).view(torch.float32).to(dtype)
-
-
-class Frozen(Layer):
-    """A layer as `Adapter.change` sees it, computing in one dtype."""
-
-    def __init__(self, layer: "Adapted", dtype: torch.dtype) -> None:
-        self.layer = layer
-        self.dtype = dtype
-        self.op: Any = geometry.of(layer)
-        self.shape = layer.weight_shape
-        self.multiplies = self.op.multiplies or isinstance(self.op, geometry.Convolution)
-        self.groups = getattr(self.op, "group_count", 1)
-
-    def weight(self) -> Tensor:
-        return self.layer.frozen_weight.to(factor_dtype(self.layer.dtype))
-
-    def base(self, x: Tensor) -> Tensor:
-        if self.layer.opaque:
-            y, bias = self.layer.base_forward(x), self.layer.frozen_bias
-            return (y if bias is None else y - bias).to(x.dtype)
-        y = self.op.product(x, self.layer.frozen_weight.to(x.dtype))
-        return y
-
-    def formed(self, x: Tensor, form: Callable[[Factors], Tensor], factors: Factors) -> Tensor:
-        if _forced == "reference" or torch.compiler.is_compiling():
-            weight = form(factors)
-            y: Tensor = self.op.product(x, weight.to(self.dtype))
-            return y
-        y = Formation.apply(self.op, form, tuple(factors), x, *factors.values())
-        return y.to(self.dtype)
-
-    def narrow(self, x: Tensor, a_RQ: Tensor) -> Tensor:
-        if not isinstance(self.op, geometry.Convolution):
-            return x @ a_RQ.to(x.dtype).t()
-        count = self.op.group_count
-        repeated = a_RQ.to(x.dtype).repeat(count, *[1] * (a_RQ.dim() - 1))
-        return self.op.product(x, repeated)
-
-    def widen(self, h: Tensor, b_PR: Tensor) -> Tensor:
-        if not isinstance(self.op, geometry.Convolution):
-            return h @ b_PR.to(h.dtype).t()
-        count, dims = self.op.group_count, len(self.op.stride)
-        flat = torch.nn.functional.conv1d(
-            h.flatten(2), b_PR.to(h.dtype).unsqueeze(-1), groups=count
-        )
-        return flat.view(*flat.shape[:2], *h.shape[2:]) if dims else flat
-
-    def narrow_each(self, x: Tensor, a_RT: Tensor, count: int) -> Tensor:
-        a_RT = a_RT.to(x.dtype)
-        if not isinstance(self.op, geometry.Convolution):
-            return (x.unflatten(-1, (count, -1)) @ a_RT.t()).flatten(-2)
-        h = self.op.narrow(self.op.groups(x, count), a_RT)
-        return h.reshape(x.shape[0], -1, *h.shape[2:])
-
-    def inputs(self, x: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        y: Tensor = self.op.last(apply(self.op.first(x)))
-        return y
-
-    def outputs(self, y: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.inputs(y, apply)
 
 
 def recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from lyco_lab.adapters.plan import (
     Plan,
     Saved,
     Sizes,
+    TokenKernel,
     skinny,
 )
 
@@ -224,6 +225,7 @@ class Normalised(Kernel):
         """The part through s G; of a low rank without a scaled copy of gy."""
         kernel = self.kernel
         if not isinstance(kernel, LowRank):
+            assert isinstance(kernel, TokenKernel)
             return kernel.token_grads(op, gy * op.channels(s_P), x, inner, None)
         b_PR, a_RQ = kernel.pair(inner)
         gh = op.down(gy, b_PR * s_P[:, None]).mul_(kernel.gamma)
@@ -237,6 +239,7 @@ class Normalised(Kernel):
         formed = self.kernel.form(saved.weight, inner)
         gu = op.grad_input(gy, saved.x_shape, formed)  # of u = s * x
         gs = op.dots(x, gu, None)
+        assert isinstance(self.kernel, TokenKernel)
         grads = self.kernel.token_grads(op, gy, x * over, inner, None)
         if not self.detached:
             turned = self._times_(formed, self._turn(gs, s, n))

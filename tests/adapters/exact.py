@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lyco_lab.adapters import geometry, plan
+from lyco_lab.adapters import forward, geometry, plan
 from lyco_lab.adapters.mount import attach
 from tests.strategies import move
 
@@ -69,7 +69,7 @@ def check_merged_in_place(layer, adapter, seed):
 def check_change(layer, adapter, seed):
     """`change`, in which half precision computes, is (W' - W) x; here in float64."""
     model, mounted, x = example(layer, adapter, seed)
-    frozen = plan.Frozen(model[0], torch.float64)
+    frozen = forward.Frozen(model[0], torch.float64)
 
     def change(x):
         factors = model[0].mounts[0].current()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lyco_lab.adapters import boft, geometry, plan
+from lyco_lab.adapters import boft, forward, geometry, plan
 from lyco_lab.adapters.boft import BOFT, Stages, fusions
 from lyco_lab.adapters.mount import attach
 from lyco_lab.linalg import butterfly_block
@@ -218,7 +218,7 @@ def test_in_half_precision_a_small_rotation_stays(rescaled):
     with torch.no_grad():
         for factor in mounted.parameters():
             factor += 1e-5 * torch.randn(factor.shape, generator=rng)
-    frozen = plan.Frozen(layer, torch.bfloat16)
+    frozen = forward.Frozen(layer, torch.bfloat16)
     change = mounted.adapter.change(frozen, x.bfloat16(), mounted.factors("0")).float()
     exact = torch.nn.functional.conv2d(x, mounted.delta("0"), padding=1)
     assert 0 < (change - exact).norm() < 0.02 * exact.norm()

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyco_lab.adapters import plan
+from lyco_lab.adapters import forward, plan
 from lyco_lab.adapters.loha import BLOCK, LoHa
 from lyco_lab.adapters.mount import attach
 from tests.adapters.exact import (
@@ -164,7 +164,7 @@ def test_the_change_of_a_large_layer_goes_through_the_pair(seed):
     adapter, w_PQ = LoHa(rank=2, alpha=1.5), random_weight((40, 48), seed)
     layer = torch.nn.Linear(48, 40, dtype=torch.float64)
     attach(torch.nn.Sequential(layer), adapter, ["0"], seed=0)
-    frozen = plan.Frozen(layer, torch.float64)
+    frozen = forward.Frozen(layer, torch.float64)
     factors = random_factors(adapter, w_PQ, seed)
     x = random_weight((3, 48), seed)
     with Largest() as made:
