@@ -78,8 +78,8 @@ class Geometry(abc.ABC):
         return y
 
 
-# With AVX-512 a product of few rows is up to three times faster with the rank first, unless they fill
-# the vectors; with AVX2, and on a GPU, the tokens go first.
+# With AVX-512 a product of few rows is up to three times faster with the rank first, unless they
+# fill the vectors; with AVX2, and on a GPU, the tokens go first.
 WIDE = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
