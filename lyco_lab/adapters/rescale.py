@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lyco_lab.adapters.base import Factors, Shape
 from lyco_lab.adapters.lowrank import LowRank
@@ -89,6 +90,22 @@ def norms(weight: Tensor, columns: bool) -> Tensor:
     squares = sums(weight.square(), columns)
     empty = squares == 0  # where the root has no derivative
     return torch.where(empty, 1.0, squares).sqrt() * ~empty
+
+
+# By frozen weight: where it lay, its version, and the lengths of its rows. Reading all of a weight
+# costs as much as a product with a few dozen tokens.
+_LENGTHS: Any = WeakTensorKeyDictionary()
+
+
+def frozen_norms(weight: Tensor) -> Tensor:
+    """`norms` of a weight's rows, kept until it is written to or moved."""
+    if torch.compiler.is_compiling():
+        return norms(weight, False)
+    stamp = (weight.data_ptr(), weight._version)
+    if weight not in _LENGTHS or _LENGTHS[weight][0] != stamp:
+        _LENGTHS[weight] = (stamp, norms(weight, False))
+    lengths: Tensor = _LENGTHS[weight][1]
+    return lengths
 
 
 def sums(entries: Tensor, columns: bool) -> Tensor:
@@ -258,7 +275,7 @@ class Normalised(Kernel):
         va_PR = (flat_RQ @ weight.flatten(1).t()).t()
         baa_PR = b_PR @ (flat_RQ @ flat_RQ.t())
         more = gamma * ((2 * va_PR + gamma * baa_PR) * b_PR).sum(1)
-        n_W = norms(weight, False)
+        n_W = frozen_norms(weight)
         root = (n_W * n_W + more).clamp_min(0).sqrt()
         if can_look(x) and bool((root >= n_W / 2).all()):
             n = n_W + more / nonzero(root + n_W)  # n_W itself where B is 0

@@ -334,3 +334,22 @@ def test_refuses(section, words):
 @pytest.mark.parametrize("kind", sorted(ADAPTERS))
 def test_every_kind_is_described_and_built_again(kind):
     assert build({"kind": kind.upper()}) == ADAPTERS[kind]() == build(describe(ADAPTERS[kind]()))
+
+
+@pytest.mark.parametrize("forced", [plan.SIDE_TOKENS, plan.FORM_TOKENS], ids=str)
+def test_a_frozen_weight_that_is_written_to_is_seen(forced):
+    """The lengths of its rows are kept from call to call."""
+    layer = nn.Linear(8, 12)
+    model, x = nn.Sequential(layer), torch.randn(5, 8)
+    mounted = attach(model, DoRA(of=LoRA(rank=2)), ["0"], seed=0)
+    move(mounted, 1)
+    with plan.forced(forced):
+        model(x)
+        model.load_state_dict({"0.weight": torch.randn(12, 8)}, strict=False)
+        y = model(x)
+        with plan.forced("reference"):
+            torch.testing.assert_close(y, model(x))
+        layer.weight.data = torch.randn(12, 8)
+        y = model(x)
+        with plan.forced("reference"):
+            torch.testing.assert_close(y, model(x))
