@@ -35,7 +35,7 @@ from lyco_lab.seeds import derive, generator
 def survey(
     model: nn.Module,
     adapter: Adapter,
-    targets: Iterable[str],
+    targets: str | Iterable[str],
     *,
     options: Options | None = None,
     overrides: Mapping[str, Override] | None = None,
@@ -49,7 +49,7 @@ def survey(
 def attach(
     model: nn.Module,
     adapter: Adapter,
-    targets: Iterable[str],
+    targets: str | Iterable[str],
     *,
     seed: int,
     options: Options | None = None,

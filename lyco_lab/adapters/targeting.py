@@ -43,13 +43,14 @@ class Target:
 def resolve(
     model: nn.Module,
     adapter: Adapter,
-    targets: Iterable[str],
+    targets: str | Iterable[str],
     options: Options,
     overrides: Mapping[str, Override],
 ) -> list[Target]:
     """The layers that names and patterns stand for, each checked, in the order of the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    names = _names(model, adapter, modules, list(targets))
+    listed = [targets] if isinstance(targets, str) else list(targets)
+    names = _names(model, adapter, modules, listed)
     used: set[str] = set()
     seen: dict[int, str] = {}
     resolved = []

@@ -239,6 +239,7 @@ def test_what_depends_on_the_frozen_weight_keeps_it_from_being_merged():
 def test_patterns_match_whole_names_of_layers_that_can_be_adapted():
     net, _ = net_and_input()
     assert list(attach(net, LoRA(rank=2), ["b*"], seed=0).layers) == ["block.0", "block.2"]
+    assert list(attach(net, IA3(), "block.?", seed=0).layers) == ["block.0", "block.2"]
     with pytest.raises(ValueError, match="the pattern 'lock.*' matches no layer of Net"):
         attach(net, LoHa(rank=2), ["lock.*"], seed=0)
     with pytest.raises(ValueError, match="'norm': it is a GroupNorm"):
