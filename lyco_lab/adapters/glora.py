@@ -116,7 +116,10 @@ class Mix:
 
 @dataclass(frozen=True)
 class Joined(Kernel):
-    """A single tap: the pair [W A1 | B1] and [A2; B2]."""
+    """A single tap: the pair [W A1 | B1] and [A2; B2].
+
+    Beside the weight of a linear layer, A1 goes on its input: W A1 would read all of the weight.
+    """
 
     shape: Shape
     gamma: float
@@ -128,11 +131,17 @@ class Joined(Kernel):
 
     def costs(self, sizes: Sizes) -> dict[Plan, float]:
         through = sizes.N * 2 * self.rank * skinny(self.rank)  # W A1, and W^T of its gradient
-        return {plan: cost + through for plan, cost in self.joint.costs(sizes).items()}
+        costs = {plan: cost + through for plan, cost in self.joint.costs(sizes).items()}
+        if len(self.shape) == 2:
+            side, tokens = low_rank_costs(Sizes(sizes.T, sizes.P, 3 * sizes.Q), self.rank)
+            costs[SIDE_TOKENS] = 2 * side + tokens
+        return costs
 
     def forward(
         self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if plan.apply == "side" and len(self.shape) == 2:
+            return self._beside(op, x, weight, bias, factors)
         wa_PR = (factors["a1_QR"].t() @ weight.flatten(1).t()).t()
         y, _ = self.joint.forward(op, plan, x, weight, bias, self._pair(wa_PR, factors))
         return y, (wa_PR,)
@@ -140,6 +149,8 @@ class Joined(Kernel):
     def backward(
         self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
     ) -> tuple[Tensor | None, Factors]:
+        if plan.apply == "side" and len(self.shape) == 2:
+            return self._beside_grads(op, gy, saved, need_gx)
         R, pair = self.rank, self._pair(saved.kept[0], saved.factors)
         gx, grads = self.joint.backward(op, plan, gy, replace(saved, factors=pair), need_gx)
         gb_PR, ga_RQ = grads["b_PR"], grads["a_RQ"]
@@ -150,6 +161,32 @@ class Joined(Kernel):
             "b1_PR": gb_PR[:, R:],
             "b2_RQ": ga_RQ[R:],
         }
+
+    def _beside(
+        self, op: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        R, both_RQ = self.rank, torch.cat([factors["a2_RQ"], factors["b2_RQ"]])
+        h = op.narrow(x, both_RQ)
+        u = torch.addmm(x.reshape(len(h), -1), h[:, :R], factors["a1_QR"].t(), alpha=self.gamma)
+        y = op.product(u.view(x.shape), weight, bias)
+        return op.widen_(y, h[:, R:], factors["b1_PR"], self.gamma), (h,)
+
+    def _beside_grads(
+        self, op: Any, gy: Tensor, saved: Saved, need_gx: bool
+    ) -> tuple[Tensor | None, Factors]:
+        R, factors, (h,) = self.rank, saved.factors, saved.kept
+        both_RQ = torch.cat([factors["a2_RQ"], factors["b2_RQ"]])
+        gx = op.grad_input(gy, saved.x_shape, saved.weight)  # of u, to begin with
+        gh = torch.cat([op.down(gx, factors["a1_QR"]), op.down(gy, factors["b1_PR"])], 1)
+        gh = gh.mul_(self.gamma)
+        gboth_RQ = op.grad_weight(gh, saved.input(), both_RQ)
+        grads = {
+            "a1_QR": op.outer(gx, h[:, :R]).mul(self.gamma),
+            "a2_RQ": gboth_RQ[:R],
+            "b1_PR": op.outer(gy, h[:, R:]).mul(self.gamma),
+            "b2_RQ": gboth_RQ[R:],
+        }
+        return (op.side_(gx, gh, both_RQ) if need_gx else None), grads
 
     def _pair(self, wa_PR: Tensor, factors: Factors) -> Factors:
         b2_RQ = factors["b2_RQ"]
