@@ -189,7 +189,7 @@ class Normalised(Kernel):
             gx, grads, gs = self._formed_grads(op, gy, saved, inner, n, s, need_gx)
         else:
             gx, grads, gs = self._beside_grads(op, gy, saved, inner, n, s, need_gx)
-        gm = torch.where(n > 0, gs / nonzero(n), 0.0)
+        gm = (gs / nonzero(n)).masked_fill(n == 0, 0.0)
         return gx, {**grads, self.magnitude: gm.view_as(saved.factors[self.magnitude])}
 
     def _split(self, factors: Factors) -> tuple[Tensor, Factors]:
@@ -201,7 +201,7 @@ class Normalised(Kernel):
 
     def _turn(self, gs: Tensor, s: Tensor, n: Tensor) -> Tensor:
         """c, with gV = s G + c V."""
-        return torch.where(n > 0, -gs * s / nonzero(n) ** 2, 0.0)
+        return (gs * s / nonzero(n).square()).neg_().masked_fill_(n == 0, 0.0)
 
     def _dense_grads(
         self, op: Any, gy: Tensor, saved: Saved, inner: Factors, n: Tensor, s: Tensor, need_gx: bool
@@ -322,12 +322,13 @@ class Normalised(Kernel):
 
 
 def nonzero(n: Tensor) -> Tensor:
-    return torch.where(n > 0, n, 1.0)
+    # Not `where` with a number, which would make a tensor of it at every call.
+    return n.masked_fill(n == 0, 1.0)
 
 
 def ratio(m: Tensor, n: Tensor) -> Tensor:
     """m / n; 1 where V is 0, so that what comes to a row of zeros can still grow."""
-    return torch.where(n > 0, m / nonzero(n), 1.0)
+    return (m / nonzero(n)).masked_fill(n == 0, 1.0)
 
 
 def _sum(one: Factors, other: Factors) -> Factors:
