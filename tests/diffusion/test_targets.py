@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from lyco_lab.adapters.dora import DoRA
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach, survey
 from lyco_lab.adapters.native import Native
-from lyco_lab.diffusion.targets import PARTS, PRESETS, match
+from lyco_lab.diffusion.targets import PARTS, PRESETS, fitting, match
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +133,11 @@ def stable_diffusion():
 
 def mebibytes(models, preset, adapter):
     """A half-precision file's size."""
-    counts = [
-        count
-        for part, model in models.items()
-        for count in survey(model, adapter, match(model, preset, part)).values()
-    ]
+    counts = []
+    for part, model in models.items():
+        names = match(model, preset, part)
+        narrow = fitting(model, adapter, names)
+        counts += survey(model, adapter, names, overrides=narrow).values()
     return 2 * sum(counts) / 2**20, len(counts)
 
 
@@ -174,3 +175,14 @@ def test_full_sizes_are_a_little_less_than_the_papers(stable_diffusion, adapter,
     size, layers = mebibytes(stable_diffusion, "full", adapter)
     assert 0.93 * expected < size < expected
     assert layers == 282 + 72
+
+
+@pytest.mark.parametrize("adapter", [LoRA(rank=8, alpha=2.0), DoRA(of=LoHa(rank=6))], ids=str)
+def test_a_rank_is_cut_down_to_what_a_narrow_layer_allows(adapter):
+    model = nn.ModuleDict({"wide": nn.Linear(16, 16), "conv_out": nn.Conv2d(16, 4, 3)})
+    (name, override), *others = fitting(model, adapter, ["wide", "conv_out"]).items()
+    assert (name, others) == ("conv_out", [])
+    fitted, shape = override.adapter.inner, (4, 16, 3, 3)
+    assert fitted.rank_of(shape) == 4
+    assert fitted.gamma(shape) == adapter.inner.gamma(shape)
+    attach(model, adapter, ["wide", "conv_out"], seed=0, overrides={name: override})
