@@ -9,8 +9,9 @@ Four types of prompt ask four questions (Yeh et al. 2024, appendix D.3):
 
 Image i of each type has the seed `generate.seed + i` in every model, the base included, so images
 differ by the adapter alone and can be compared pair by pair. The adapter is merged before
-sampling: no image pays for it. Sampling is in float32 whatever training was in, since a merged
-weight rounded to half precision loses the small updates that are being compared.
+sampling, unless it depends on the timestep: no image pays for it. Sampling is in float32 whatever
+training was in, since a merged weight rounded to half precision loses the small updates that are
+being compared.
 
     NAME-HASH/generate/KIND/0000.png    the run's images;  generate/images.parquet lists them
     base/NAME-HASH/KIND/0000.png        the base model's, shared by all runs that ask the same
@@ -86,7 +87,9 @@ def generate(run: Run, record: Record) -> None:
         if not (base / TABLE).is_file():
             render(run, diffusion, asked, base, f"{run.name}: base model")
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
-        mounted.merge()
+        mounted.eval()
+        if mounted.is_one_weight:
+            mounted.merge()
     render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate")
     show(run, record)
     record.finish(STAGE, images=len(asked), base=base.name)

@@ -420,6 +420,11 @@ class Mounted:
     def step(self, value: int) -> None:
         self._clock.fill_(value)
 
+    @property
+    def is_one_weight(self) -> bool:
+        """Whether W' is the same at every call, and so can be merged."""
+        return not any(m.adapter.inner.needs_timestep() for m in self._mounts.values())
+
     @torch.no_grad()
     def merge(self, *, keep_base: bool = True) -> None:
         """Fold the adapter into the weights; ordinary layers are left.

@@ -100,6 +100,7 @@ def test_each_sample_has_the_rank_of_its_timestep(kind, timesteps):
     wanted = torch.autograd.grad(torch.stack(rows).square().sum(), inputs)
     for gradient, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(gradient, want)
+    assert not mounted.is_one_weight
     with pytest.raises(ValueError, match="depends on the timestep"):
         mounted.merge()
 
