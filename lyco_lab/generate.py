@@ -87,9 +87,10 @@ def generate(run: Run, record: Record) -> None:
         if not (base / TABLE).is_file():
             render(run, diffusion, asked, base, f"{run.name}: base model")
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
-        mounted.eval()
         if mounted.is_one_weight:
             mounted.merge()
+        else:
+            mounted.eval()
     render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate")
     show(run, record)
     record.finish(STAGE, images=len(asked), base=base.name)

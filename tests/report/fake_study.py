@@ -87,6 +87,8 @@ class Painter:
 class Merging:
     """What stands for a mounted adapter: merging gives the painter the run's skills."""
 
+    is_one_weight = True
+
     def __init__(self, painter: Painter, skills: tuple[float, float, int]) -> None:
         self.painter, self.skills = painter, skills
 
