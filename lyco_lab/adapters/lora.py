@@ -28,7 +28,7 @@ from torch import Generator, Tensor
 
 from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
 from lyco_lab.adapters.lowrank import LowRank
-from lyco_lab.linalg import kaiming, unrolled
+from lyco_lab.linalg import kaiming, through_core, through_core_grads, unrolled
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,7 @@ def narrowing(factors: Factors) -> Tensor:
     a_RQ = factors["a_RQ"]
     if "m_RRk" not in factors:
         return a_RQ
-    core = factors["m_RRk"]
-    return (core.movedim(1, -1) @ a_RQ).movedim(-1, 1)
+    return through_core(factors["m_RRk"], a_RQ)
 
 
 @dataclass(frozen=True)
@@ -112,10 +111,5 @@ class Pair(LowRank):
     def pair_grads(self, factors: Factors, gb_PR: Tensor, ga_RQ: Tensor) -> Factors:
         if "m_RRk" not in factors:
             return {"b_PR": gb_PR, "a_RQ": ga_RQ}
-        a_RQ, core, ga = factors["a_RQ"], factors["m_RRk"], ga_RQ.movedim(1, -1)  # R, *k, Q
-        flat_core, flat_ga = core.movedim(1, -1).flatten(0, -2), ga.flatten(0, -2)
-        return {
-            "b_PR": gb_PR,
-            "a_RQ": flat_core.t() @ flat_ga,
-            "m_RRk": (ga @ a_RQ.t()).movedim(-1, 1),
-        }
+        gm_RRk, ga_RQ = through_core_grads(factors["m_RRk"], factors["a_RQ"], ga_RQ)
+        return {"b_PR": gb_PR, "a_RQ": ga_RQ, "m_RRk": gm_RRk}

@@ -14,6 +14,7 @@ A layer keeps its name, its parameters and its type in the sense of `isinstance`
 """
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -171,8 +172,6 @@ class _Gate:
 
 def _timestep_argument(model: nn.Module, resolved: list[Target]) -> tuple[int, str]:
     """Where the model's forward takes its timestep."""
-    import inspect
-
     names = list(inspect.signature(model.forward).parameters)
     if "timestep" not in names:
         adapter = next(t.adapter for t in resolved if t.adapter.inner.needs_timestep())

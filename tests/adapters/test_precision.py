@@ -45,12 +45,11 @@ def shrink(mounted, ratio):
         low, high = (low, middle) if large else (middle, high)
 
 
-@on_matrices
-@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
-def test_a_small_change_is_applied_in_full(cls, mode):
+def applied(cls, mode, make, *x_shape):
+    """A layer's input, how its output differs with a small change, and the change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model, x = nn.Sequential(nn.Linear(SIDE, SIDE)), torch.randn(TOKENS, SIDE)
+        model, x = nn.Sequential(make()), torch.randn(*x_shape)
     if mode == "bfloat16":
         model, x = model.bfloat16(), x.bfloat16()
     mounted = attach(model, small(cls), ["0"], seed=0).eval()
@@ -61,8 +60,15 @@ def test_a_small_change_is_applied_in_full(cls, mode):
             frozen = model(x)
         delta = mounted.delta("0").double()
     assert changed.dtype == torch.bfloat16
-    x = x.bfloat16().double()  # what the product sees
-    difference, expected = changed.double() - frozen.double(), x @ delta.T
+    # In bfloat16 is what the product sees.
+    return x.bfloat16().double(), changed.double() - frozen.double(), delta
+
+
+@on_matrices
+@pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
+def test_a_small_change_is_applied_in_full(cls, mode):
+    x, difference, delta = applied(cls, mode, lambda: nn.Linear(SIDE, SIDE), TOKENS, SIDE)
+    expected = x @ delta.T
     share = (difference * expected).sum() / expected.square().sum()
     assert abs(share - 1) < 0.01 > 5 * NOISE
     found = torch.linalg.lstsq(x, difference).solution.T
@@ -73,21 +79,9 @@ def test_a_small_change_is_applied_in_full(cls, mode):
 @pytest.mark.parametrize("mode", ["bfloat16", "autocast"])
 def test_a_small_change_of_a_convolution_is_applied_in_full(cls, mode):
     """On average over positions; its own rounding has twice the deviation of one to the nearest."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model, x = nn.Sequential(nn.Conv2d(4, SIDE, 3)), torch.randn(TOKENS // 64, 4, 10, 10)
-    if mode == "bfloat16":
-        model, x = model.bfloat16(), x.bfloat16()
-    mounted = attach(model, small(cls), ["0"], seed=0).eval()
-    shrink(mounted, RATIO)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
-        changed = model(x)
-        with mounted.disabled():
-            frozen = model(x)
-        delta = mounted.delta("0").double()
-    assert changed.dtype == torch.bfloat16
-    difference = changed.double() - frozen.double()
-    expected = nn.functional.conv2d(x.bfloat16().double(), delta)
+    shape = (TOKENS // 64, 4, 10, 10)
+    x, difference, delta = applied(cls, mode, lambda: nn.Conv2d(4, SIDE, 3), *shape)
+    expected = nn.functional.conv2d(x, delta)
     share = (difference * expected).sum() / expected.square().sum()
     assert abs(share - 1) < 0.01 > 3 * 1.6 * NOISE
 
