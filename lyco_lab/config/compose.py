@@ -17,7 +17,8 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lyco_lab.adapters import ADAPTERS, check_fields, class_of, holds_adapter
+from lyco_lab import adapters
+from lyco_lab.adapters import ADAPTERS
 from lyco_lab.config.run import DEFAULT_ADAPTER, Run
 from lyco_lab.errors import UserError, nearest
 
@@ -32,7 +33,10 @@ KEYS = (
     *(f"adapter.{key}" for key in sorted(ADAPTER_KEYS)),
 )
 WRAPPING = {  # fields that hold an adapter of their own
-    spec.name for cls in ADAPTERS.values() for spec in fields(cls) if holds_adapter(cls, spec.name)
+    spec.name
+    for cls in ADAPTERS.values()
+    for spec in fields(cls)
+    if adapters.FAMILY.holds(cls, spec.name)
 }
 INNER_KEYS = tuple(f"adapter.{name}.{key}" for name in WRAPPING for key in sorted(ADAPTER_KEYS))
 
@@ -187,13 +191,13 @@ def _typed(merged: Nested, origin: str) -> Nested:
 def _adapter(section: Nested, origin: str, where: str = "adapter") -> Nested:
     section = {**DEFAULT_ADAPTER, **section}
     try:
-        cls = class_of(section, where)
+        cls = adapters.FAMILY.class_of(section, where)
     except UserError as error:
         raise UserError(f"{error}, in {origin}") from error
     options: Nested = {key: value for key, value in section.items() if key != "kind"}
-    check_fields(cls, options, where, origin)
+    adapters.FAMILY.check_fields(cls, options, where, origin)
     within: Nested = {}
-    for key in [key for key in options if holds_adapter(cls, key)]:
+    for key in [key for key in options if adapters.FAMILY.holds(cls, key)]:
         value: Any = options.pop(key)
         if not (isinstance(value, dict) and value):
             raise UserError(f"{where}.{key} is {value!r} in {origin}, needs keys of its own")

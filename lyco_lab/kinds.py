@@ -1,0 +1,104 @@
+"""Things that a study names by a word: adapters, optimizers.
+
+Each kind is a frozen dataclass in a file of its own, in the package of its family; its fields are
+the settings that a study may give, and the class's name in lower case is its word. Existing is
+registering: there is no list to edit.
+
+    describe(LoHa(rank=2)) == {"kind": "loha", "rank": 2, "alpha": 2.0, ...}      and back: build
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Generic, TypeVar
+
+from lyco_lab.errors import UserError, nearest
+
+Thing = TypeVar("Thing")
+
+
+@dataclass(frozen=True)
+class Family(Generic[Thing]):
+    """The kinds that stand in one package."""
+
+    section: str  # of a study, that holds such a thing
+    base: type[Thing]
+    kinds: Mapping[str, type[Thing]]
+
+    @classmethod
+    def find(cls, section: str, base: type[Thing], package: str, path: Any) -> "Family[Thing]":
+        """Import every module of `package` and collect the concrete classes below `base`."""
+        for module in pkgutil.iter_modules(path, prefix=f"{package}."):
+            importlib.import_module(module.name)
+        found = {kind.__name__.lower(): kind for kind in _concrete(base, package)}
+        return cls(section, base, found)
+
+    def describe(self, thing: Thing) -> dict[str, Any]:
+        """The thing in plain words: its kind and its fields, those of one within it alike."""
+        described: dict[str, Any] = {"kind": type(thing).__name__.lower()}
+        for field in fields(thing):  # type: ignore[arg-type]
+            value = getattr(thing, field.name)
+            described[field.name] = self.describe(value) if isinstance(value, self.base) else value
+        return described
+
+    def build(self, section: Mapping[str, Any], where: str | None = None) -> Thing:
+        """The thing that `describe` described; fields left out have their defaults.
+
+        `where` is what errors call the section, followed by a dot and a key of it.
+        """
+        where = where or self.section
+        cls = self.class_of(section, where)
+        values = {key: value for key, value in section.items() if key != "kind"}
+        self.check_fields(cls, values, where)
+        for key, value in values.items():
+            if isinstance(value, Mapping) and self.holds(cls, key):
+                values[key] = self.build(value, f"{where}.{key}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
+
+    def class_of(self, section: Mapping[str, Any], where: str | None = None) -> type[Thing]:
+        """The dataclass whose fields are the keys of a section."""
+        where = where or self.section
+        kind = section.get("kind")
+        known = sorted(self.kinds)
+        if not isinstance(kind, str) or kind.lower() not in self.kinds:
+            hint = nearest(kind, known) if isinstance(kind, str) else ""
+            raise UserError(f"{where}.kind is {kind!r}, needs one of {', '.join(known)}{hint}")
+        return self.kinds[kind.lower()]
+
+    def check_fields(
+        self,
+        cls: type[Thing],
+        values: Mapping[str, Any],
+        where: str | None = None,
+        origin: str = "",
+    ) -> None:
+        """Raise an error for a key that is no field of `cls`; `origin` says where it was given."""
+        where = where or self.section
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for key in values:
+            if key not in known:
+                takes = f"it takes {', '.join(known)}" if known else "it takes no settings"
+                place = f"{where}.{key}" + (f" in {origin}" if origin else "")
+                kind = cls.__name__.lower()
+                raise UserError(f"{place}: {kind!r} has no {key!r}; {takes}{nearest(key, known)}")
+
+    def holds(self, cls: type[Thing], name: str) -> bool:
+        """Whether a field of `cls` holds another thing of the family."""
+        return any(
+            field.name == name and field.type is self.base
+            for field in fields(cls)  # type: ignore[arg-type]
+        )
+
+
+def _concrete(parent: type, package: str) -> Iterator[type]:
+    child: type
+    for child in parent.__subclasses__():
+        if child.__module__.startswith(f"{package}."):
+            if not inspect.isabstract(child):
+                yield child
+            yield from _concrete(child, package)
