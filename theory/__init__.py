@@ -1,11 +1,13 @@
 """The project's theorems, one per file, each with a symbolic check. `python -m theory` runs all.
 
 A theorem's docstring states and proves it. Its `identities()` yields the equalities that the proof
-rests on, each as a difference in exact symbols, which must be zero. A module whose name starts
-with an underscore holds what several theorems share. Existing is registering: a new file here is
-found, whatever folder it is in.
+rests on, each as a difference in exact symbols, which must be zero, and the counterexamples, each a
+difference at exact numbers, which must not. A module whose name starts with an underscore holds
+what several theorems share. Existing is registering: a new file here is found, whatever folder it
+is in.
 """
 
+import abc
 import importlib
 import pkgutil
 from collections.abc import Iterator
@@ -13,17 +15,64 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import sympy as sp
+from sympy.core.evalf import PrecisionExhausted
 
 
 @dataclass(frozen=True)
-class Identity:
-    """Left side minus right side of a claimed equality."""
+class Check(abc.ABC):
+    """Left side minus right side of an equality, and what is claimed of it."""
 
     claim: str
     difference: sp.Expr | sp.MatrixBase
 
+    @abc.abstractmethod
+    def holds(self) -> bool:
+        """Whether the claim is shown to be true."""
+
+    @abc.abstractmethod
+    def verdict(self) -> str:
+        """What was shown of the difference, if the claim holds."""
+
+    def entries(self) -> list[sp.Expr]:
+        one = not isinstance(self.difference, sp.MatrixBase)
+        return [sp.sympify(self.difference)] if one else list(self.difference)
+
+
+class Identity(Check):
+    """The two sides are equal, in symbols."""
+
     def holds(self) -> bool:
         return is_zero(self.difference)
+
+    def verdict(self) -> str:
+        return "difference = 0"
+
+
+class Counterexample(Check):
+    """The two sides differ, at exact numbers: what is not exact, or not a number, shows nothing."""
+
+    def holds(self) -> bool:
+        entries = self.entries()
+        return all(map(_is_exact, entries)) and any(map(_is_not_zero, entries))
+
+    def verdict(self) -> str:
+        number = next(filter(_is_not_zero, self.entries()))
+        exact = str(number)
+        return f"differs: {exact if len(exact) <= 16 else number.evalf(6)}"
+
+
+def _is_exact(number: sp.Expr) -> bool:
+    return bool(number.is_number and number.is_finite and not number.has(sp.Float))
+
+
+def _is_not_zero(number: sp.Expr) -> bool:
+    """Whether an exact number is not zero: by its fraction, or by digits that SymPy guarantees."""
+    if number.is_Rational:
+        return bool(number != 0)
+    try:
+        return bool(number.evalf(15, strict=True) != 0)
+    except PrecisionExhausted:
+        return False
 
 
 def is_zero(difference: sp.Expr | sp.MatrixBase) -> bool:

@@ -3,29 +3,37 @@
 import sys
 from collections.abc import Iterable
 
-from theory import Identity, theorems
+from theory import Check, Counterexample, theorems
 
 
-def main(checks: Iterable[tuple[str, Iterable[Identity]]] | None = None) -> int:
-    """0 if every identity holds. `checks`: (file, identities) pairs, by default all of theory/."""
+def main(checks: Iterable[tuple[str, Iterable[Check]]] | None = None) -> int:
+    """0 if every claim holds. `checks`: (file, claims) pairs, by default all of theory/."""
     if checks is None:
         checks = ((f"theory/{path}", module.identities()) for path, module in theorems())
-    files = claims = false = 0
-    for path, identities in checks:
+    files = 0
+    held: dict[bool, list[bool]] = {False: [], True: []}  # by whether it is a counterexample
+    for path, claims in checks:
         files += 1
         print(path)
-        for identity in identities:
-            claims += 1
-            if identity.holds():
-                verdict = "difference = 0"
+        for check in claims:
+            holds = check.holds()
+            held[isinstance(check, Counterexample)].append(holds)
+            if holds:
+                verdict = check.verdict()
             else:
-                false += 1
-                verdict = f"DOES NOT HOLD, difference = {identity.difference}"
-            print(f"  {identity.claim:<68} {verdict}", flush=True)
-    if false:
-        print(f"\n{false} of {claims} identities do not hold")
+                verdict = f"DOES NOT HOLD, difference = {check.difference}"
+            print(f"  {check.claim:<68} {verdict}", flush=True)
+    identities, counterexamples = held[False], held[True]
+    print()
+    for name, each in (("identities", identities), ("counterexamples", counterexamples)):
+        if not all(each):
+            print(f"{each.count(False)} of {len(each)} {name} do not hold")
+    if not all(identities + counterexamples):
         return 1
-    print(f"\n{claims} identities in {files} files: every difference is zero")
+    shown = f"{len(identities)} identities in {files} files: every difference is zero"
+    if counterexamples:
+        shown += f"; {len(counterexamples)} counterexamples: every difference is not"
+    print(shown)
     return 0
 
 

@@ -6,7 +6,7 @@ import pytest
 import sympy as sp
 
 import theory
-from theory import Identity, is_zero, reduced, theorems
+from theory import Counterexample, Identity, is_zero, reduced, theorems
 from theory.__main__ import main
 
 THEOREMS = dict(theorems())
@@ -14,10 +14,10 @@ x, y, s = sp.symbols("x y s", positive=True)
 
 
 @pytest.mark.parametrize("path", THEOREMS)
-def test_every_difference_is_zero(path):
-    identities = list(THEOREMS[path].identities())
-    assert identities, f"theory/{path} checks nothing"
-    assert [identity.claim for identity in identities if not identity.holds()] == []
+def test_every_claim_holds(path):
+    checks = list(THEOREMS[path].identities())
+    assert checks, f"theory/{path} checks nothing"
+    assert [check.claim for check in checks if not check.holds()] == []
 
 
 @pytest.mark.parametrize("path", THEOREMS)
@@ -56,6 +56,40 @@ def test_the_command_fails_on_a_false_identity(capsys):
     out = capsys.readouterr().out
     assert "x - y" in out
     assert "1 of 2 identities do not hold" in out
+
+
+def test_the_command_counts_counterexamples_apart(capsys):
+    true, differs = Identity("x - x", x - x), Counterexample("1/3 - 1/2", sp.Rational(-1, 6))
+    assert main([("a.py", [true, differs]), ("b.py", [differs])]) == 0
+    out = capsys.readouterr().out
+    assert out.count("differs: -1/6") == 2
+    assert "1 identities in 2 files: every difference is zero; 2 counterexamples" in out
+
+
+def test_the_command_fails_on_a_counterexample_that_shows_nothing(capsys):
+    assert main([("a.py", [Counterexample("symbol", x), Counterexample("true", y / y)])]) == 1
+    out = capsys.readouterr().out
+    assert "DOES NOT HOLD, difference = x" in out
+    assert "1 of 2 counterexamples do not hold" in out
+
+
+@pytest.mark.parametrize(
+    ("difference", "differs"),
+    [
+        (sp.Rational(1, 10**40), True),
+        (sp.sqrt(2) - sp.Rational(99, 70), True),
+        (sp.Matrix([0, 1]), True),
+        (sp.Matrix([0, 0]), False),
+        (sp.sqrt(3 + 2 * sp.sqrt(2)) - 1 - sp.sqrt(2), False),  # zero, and not simplified
+        (x, False),
+        (sp.Matrix([1, x]), False),
+        (sp.Float(0.5), False),
+        (sp.nan, False),
+        (sp.oo, False),
+    ],
+)
+def test_only_an_exact_number_that_is_not_zero_is_a_counterexample(difference, differs):
+    assert Counterexample("", difference).holds() == differs
 
 
 def test_reduction_sees_through_roots_and_fractions():
