@@ -40,6 +40,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "alpha": alphas,
     "conv_rank": st.none() | ranks,
     "conv_alpha": st.none() | alphas,
+    "full_alpha": alphas,
     "factor": st.sampled_from([2, 3, 4, 8]),
     "block_size": st.sampled_from([2, 3, 4, 8]),
     "constraint": st.sampled_from([0.0, 0.0, 0.05]),

@@ -218,7 +218,7 @@ def test_mounted_layers_of_different_degree_need_a_rewrite_each():
         for name, shape in shapes.items()
     }
     losses, deltas = mounted_run(with_gamma, dict.fromkeys(shapes, recipe), 1.0)
-    twin_losses, twin_deltas = mounted_run(without, moved, lambda name: moved[name].init_scale)
+    twin_losses, twin_deltas = mounted_run(without, moved, lambda name, _: moved[name].init_scale)
     assert losses[-1] < losses[0]
     assert torch.equal(losses, twin_losses)
     assert all(torch.equal(deltas[name], twin_deltas[name]) for name in shapes)

@@ -11,9 +11,11 @@ layer (freezing, precision, strength, dropouts, merging) lives once, in mount.py
 
 Most adapters add:
 
-    W' = W + gamma * T(factors)     with    T(c * factors) = c**m * T(factors)
+    W' = W + gamma * T(factors)     with    T = sum_t T_t,  each T_t linear in each of m factors
 
-and m, the degree of homogeneity, is what the theorem on gamma asks of them.
+`terms` says which those are. So T(c * factors) = c**m * T(factors), m the degree of homogeneity;
+and if the factors are scaled each by a number of its own, T is multiplied by g wherever the
+product over every term is g. This is what the theorem on gamma asks of an adapter.
 
 Shapes: a weight is (P, Q, *kernel), P outputs and Q inputs, kernel empty for a linear layer. Of a
 grouped convolution Q is the inputs of one group. The weight of a norm layer has its own shape.
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 Factors = dict[str, Tensor]
 Shape = tuple[int, ...]
+Terms = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Adapter(abc.ABC):
     # factor -> the axis along which it holds the terms whose sum is T: what rank dropout drops.
     components: ClassVar[Mapping[str, int]] = {}
 
+    # Claim: the factors, any of which may be absent, that `init` leaves at 0.
+    zero: ClassVar[tuple[str, ...]] = ()
+
     # Factors that are part of the rule but do not train.
     untrained: ClassVar[frozenset[str]] = frozenset()
 
@@ -71,7 +77,7 @@ class Adapter(abc.ABC):
     # Claim: what W' keeps of W. "singular values" is checked by the contract.
     preserves: ClassVar[frozenset[str]] = frozenset()
 
-    # Where `degree` is None: why.
+    # Where there is no such gamma or degree: why.
     no_degree: ClassVar[str] = ""
 
     @abc.abstractmethod
@@ -91,8 +97,24 @@ class Adapter(abc.ABC):
         """Claim: the largest rank the unrolled W' - W can have, which generic factors reach."""
 
     @abc.abstractmethod
+    def gamma(self, shape: Shape) -> float | None:
+        """The constant in front of T; None where there is no such T."""
+
+    @abc.abstractmethod
+    def with_gamma(self, gamma: float) -> "Adapter":
+        """The same T with this constant in front, at every shape; exact for powers of two."""
+
+    def terms(self, shape: Shape) -> Terms:
+        """Claim: T is a sum of terms, each linear in every one of these factors.
+
+        Mostly a single product of all; empty where there is no T.
+        """
+        return (tuple(self.factor_shapes(shape)),)
+
     def degree(self, shape: Shape) -> int | None:
-        """Claim: m, with W' - W of degree m in the factors; None where there is no such m."""
+        """m, with W' - W of degree m in the factors; None where there is no such m."""
+        degrees = {len(term) for term in self.terms(shape)}
+        return degrees.pop() if len(degrees) == 1 else None
 
     @abc.abstractmethod
     def file_alpha(self, shape: Shape) -> float | None:
@@ -187,6 +209,13 @@ class Adapter(abc.ABC):
         return {name: tuple(factor.shape) for name, factor in start.items()}
 
     @final
+    def check_scale(self, name: str, hint: str) -> None:
+        """Raise an error unless the field can stand in front of T."""
+        value = getattr(self, name)
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+            self.refuse(name, value, f"a finite number > 0; {hint}")
+
+    @final
     def refuse(self, name: str, value: object, need: str) -> NoReturn:
         raise UserError(f"{type(self).__name__} needs {name} to be {need}, got {value!r}")
 
@@ -236,7 +265,7 @@ class Layer(abc.ABC):
 
 @dataclass(frozen=True)
 class Additive(Adapter):
-    """W' = W + gamma * T(factors), T homogeneous of degree m and independent of W."""
+    """W' = W + gamma * T(factors), T independent of W."""
 
     uses_base = False
     reads_weight = False
@@ -248,10 +277,6 @@ class Additive(Adapter):
     @abc.abstractmethod
     def gamma(self, shape: Shape) -> float:
         """The constant in front of T."""
-
-    @abc.abstractmethod
-    def degree(self, shape: Shape) -> int:
-        """Claim: m, with T(c * factors) = c**m * T(factors)."""
 
     @final
     def adapted(self, weight: Tensor, factors: Factors) -> Tensor:
@@ -289,11 +314,8 @@ class OfRank(Adapter):
             if not left_out and not (whole and value >= 1):
                 self.refuse(name, value, "a whole number >= 1")
         for name in ("alpha", "conv_alpha"):
-            value = getattr(self, name)
-            left_out = value is None and name == "conv_alpha"
-            real = isinstance(value, int | float) and math.isfinite(value)
-            if not left_out and not (real and value > 0):
-                self.refuse(name, value, "a finite number > 0; alpha = rank leaves T unscaled")
+            if getattr(self, name) is not None or name == "alpha":
+                self.check_scale(name, "alpha = rank leaves T unscaled")
 
     @final
     def rank_of(self, shape: Shape) -> int:
@@ -305,6 +327,14 @@ class OfRank(Adapter):
 
     def gamma(self, shape: Shape) -> float:
         return self.alpha_of(shape) / self.rank_of(shape)
+
+    def with_gamma(self, gamma: float) -> "OfRank":
+        fields: dict[str, float | None] = {"alpha": gamma * self.rank, "conv_alpha": None}
+        if self.conv_rank is not None:
+            fields["conv_alpha"] = gamma * self.conv_rank
+        if getattr(self, "rank_stabilised", False):
+            fields["rank_stabilised"] = False  # gamma * sqrt(rank) would be rounded
+        return replace(self, **fields)  # type: ignore[arg-type]
 
     def fitted(self, shape: Shape) -> "OfRank":
         most = min(shape[0], math.prod(shape[1:]))
@@ -321,7 +351,6 @@ class OfRank(Adapter):
             self.refuse(name, rank, f"at most {most} here: give this layer a smaller one")
         return rank
 
-    @final
     def file_alpha(self, shape: Shape) -> float:
         # Readers recompute gamma as alpha / rank, or ignore alpha where they know gamma to be 1.
         return self.gamma(shape) * self.rank_of(shape)
@@ -330,6 +359,35 @@ class OfRank(Adapter):
 @dataclass(frozen=True)
 class Ranked(OfRank, Additive):
     """An additive adapter whose size is a rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAlpha(Adapter):
+    """An adapter that has no rank, with gamma = alpha in front of its change.
+
+    Files have no place for it: they hold alpha times the factors, which are then divided by it.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.check_scale("alpha", "1 leaves the change unscaled")
+
+    def gamma(self, shape: Shape) -> float:
+        return self.alpha
+
+    def with_gamma(self, gamma: float) -> "OfAlpha":
+        return replace(self, alpha=gamma)
+
+    def to_file(self, shape: Shape, factors: Factors) -> Factors:
+        return super().to_file(shape, {name: self.alpha * f for name, f in factors.items()})
+
+    def from_file(self, shape: Shape, tensors: Factors) -> Factors:
+        factors = super().from_file(shape, tensors)
+        return {name: factor / self.alpha for name, factor in factors.items()}
+
+    def file_alpha(self, shape: Shape) -> None:
+        return None
 
 
 def _wide(shape: Shape) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Generator, Tensor
 
 from lyco_lab.adapters import plan
-from lyco_lab.adapters.base import Adapter, Additive, Factors, Layer, Shape
+from lyco_lab.adapters.base import Adapter, Additive, Factors, Layer, Shape, Terms
 from lyco_lab.adapters.rescale import Normalised, Times, along, norms, ratio, sums
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.linalg import unrolled
@@ -74,6 +74,10 @@ class DoRA(Adapter):
     @property
     def file_names(self) -> Mapping[str, str]:  # type: ignore[override]
         return {**self.of.file_names, MAGNITUDE: "dora_scale"}
+
+    @property
+    def zero(self) -> tuple[str, ...]:  # type: ignore[override]
+        return self.of.zero
 
     @property
     def untrained(self) -> frozenset[str]:  # type: ignore[override]
@@ -136,6 +140,15 @@ class DoRA(Adapter):
         if not isinstance(kernel, plan.AdditiveKernel):
             return None
         return Normalised(shape, kernel, MAGNITUDE, self.columns, self.detached)
+
+    def gamma(self, shape: Shape) -> float | None:
+        return self.of.gamma(shape)
+
+    def with_gamma(self, gamma: float) -> "DoRA":
+        return replace(self, of=self.of.with_gamma(gamma))
+
+    def terms(self, shape: Shape) -> Terms:
+        return self.of.terms(shape)
 
     def degree(self, shape: Shape) -> None:
         return None

@@ -37,6 +37,7 @@ class DyLoRA(Ranked):
     file_algo: ClassVar = "lora"  # what it trains is one
     file_names: ClassVar = {"b_PR": "lora_up.weight", "a_RQ": "lora_down.weight"}
     scaling: ClassVar = ("b_PR",)
+    zero: ClassVar = ("b_PR",)
     components: ClassVar = {"b_PR": 1}
 
     def __post_init__(self) -> None:
@@ -76,9 +77,6 @@ class DyLoRA(Ranked):
 
     def draws(self) -> bool:
         return True
-
-    def degree(self, shape: Shape) -> int:
-        return 2
 
     def num_params(self, shape: Shape) -> int:
         return self.sized(shape) * sum(unrolled(shape))

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, OfRank, Shape
+from lyco_lab.adapters.base import Factors, Layer, OfRank, Shape, Terms
 from lyco_lab.adapters.lowrank import PlainPair, low_rank_costs
 from lyco_lab.adapters.plan import (
     FORM_DENSE,
@@ -55,6 +55,7 @@ class GLoRA(OfRank):
         "b2_RQ": "b2.weight",
     }
     scaling: ClassVar = ("a1_QR", "b1_PR")
+    zero: ClassVar = ("a2_RQ", "b2_RQ")
     components: ClassVar = {"a1_QR": 1, "b1_PR": 1}
     reads_weight: ClassVar = False
 
@@ -90,8 +91,8 @@ class GLoRA(OfRank):
         rank = self.rank_of(shape)
         return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
-    def degree(self, shape: Shape) -> int:
-        return 2
+    def terms(self, shape: Shape) -> Terms:
+        return (("a1_QR", "a2_RQ"), ("b1_PR", "b2_RQ"))
 
     def num_params(self, shape: Shape) -> int:
         return self.sized(shape) * (2 * shape[1] + sum(unrolled(shape)))

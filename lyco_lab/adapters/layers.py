@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from lyco_lab.adapters import attention, forward, geometry, plan
 from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
-from lyco_lab.adapters.options import Options
+from lyco_lab.adapters.options import SCALAR, Options
 from lyco_lab.seeds import uniforms
 
 MATRICES = (nn.Linear, *geometry.CONVOLUTIONS, nn.Embedding)
 NORMS = geometry.NORMS
-BIAS, SCALAR = "bias", "scalar"  # factors that belong to the mount, not to the adapter's rule
+BIAS = "bias"  # a factor that belongs to the mount, as SCALAR does, not to the adapter's rule
 GATE = "gate"  # what `change` finds among the factors of an adapter that sees the timestep
 
 

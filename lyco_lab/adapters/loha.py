@@ -58,6 +58,7 @@ class LoHa(Ranked):
     }
 
     scaling: ClassVar = ("b2_PR", "b2_RP")
+    zero: ClassVar = ("b2_PR", "b2_RP")
     components: ClassVar = {"b2_PR": 1, "b2_RP": 0}
 
     def has_core(self, shape: Shape) -> bool:
@@ -111,9 +112,6 @@ class LoHa(Ranked):
     def gamma(self, shape: Shape) -> float:
         rank = self.rank_of(shape)
         return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-    def degree(self, shape: Shape) -> int:
-        return 6 if self.has_core(shape) else 4
 
     def num_params(self, shape: Shape) -> int:
         R = self.sized(shape)

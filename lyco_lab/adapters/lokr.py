@@ -12,9 +12,9 @@ outputs instead.
     D = M x1 B x2 A for kernels of several taps with `tucker`, with a core M of R x R channels
     C = C1 C2       with `decompose_both`, where R < max(U, S)/2; C is full otherwise
 
-gamma is alpha / R, or alpha / sqrt(R); where no block is factored alpha has no meaning and is
-ignored: gamma is 1. A very large rank asks for full blocks everywhere, as all of the paper's runs
-do.
+gamma is alpha / R, or alpha / sqrt(R); where no block is factored alpha has no meaning and gamma is
+`full_alpha`, for which files have no place: they hold it in C. A very large rank asks for full
+blocks everywhere, as all of the paper's runs do.
 
 A token passes through the update without its being formed: its S groups of T inputs go through D
 each, and C mixes the groups:  y[u] = sum_s C[u, s] D x[s].  With D = B A, C mixes at the rank.
@@ -33,13 +33,13 @@ References:
 import abc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
+from lyco_lab.adapters.base import Factors, Layer, OfRank, Ranked, Shape
 from lyco_lab.adapters.geometry import Linear
 from lyco_lab.adapters.plan import (
     FORM_DENSE,
@@ -65,6 +65,7 @@ class LoKr(Ranked):
     tucker: bool = False  # convolutions of more than one tap: the right block in Tucker form
     unbalanced: bool = False  # the left block has the larger part of the outputs
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead
+    full_alpha: float = 1.0  # what scales the update where both blocks are full
 
     file_algo: ClassVar = "lokr"
     # The layout transposes B where there is a core.
@@ -80,6 +81,7 @@ class LoKr(Ranked):
     }
 
     scaling: ClassVar = ("c_US", "c_UR")
+    zero: ClassVar = ("d_VT", "a_RT")
     # Not of the left block: the sum over its rank is another one, and terms of both would be
     # dropped together.
     components: ClassVar = {"b_VR": 1, "b_RV": 0}
@@ -88,6 +90,7 @@ class LoKr(Ranked):
         super().__post_init__()
         if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 2:
             self.refuse("factor", self.factor, "a whole number >= 2")
+        self.check_scale("full_alpha", "1 leaves the update unscaled")
 
     def sizes(self, shape: Shape) -> tuple[int, int, int, int]:
         """(U, V, S, T) of a weight."""
@@ -113,6 +116,9 @@ class LoKr(Ranked):
         U, _, S, _ = self.sizes(shape)
         small = self.decompose_both and 2 * self.rank_of(shape) < max(U, S)
         return self.full_matrix or not small
+
+    def is_unfactored(self, shape: Shape) -> bool:
+        return self.is_full(shape) and self.left_is_full(shape)
 
     def has_core(self, shape: Shape) -> bool:
         return self.tucker and math.prod(shape[2:]) > 1 and not self.is_full(shape)
@@ -169,14 +175,29 @@ class LoKr(Ranked):
         return kind(shape, self.gamma(shape), *self.sizes(shape), self.rank_of(shape))
 
     def gamma(self, shape: Shape) -> float:
-        if self.is_full(shape) and self.left_is_full(shape):
-            return 1.0
+        if self.is_unfactored(shape):
+            return self.full_alpha
         rank = self.rank_of(shape)
         return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
 
-    def degree(self, shape: Shape) -> int:
-        left = 1 if self.left_is_full(shape) else 2
-        return left + (1 if self.is_full(shape) else 3 if self.has_core(shape) else 2)
+    def with_gamma(self, gamma: float) -> OfRank:
+        return replace(super().with_gamma(gamma), full_alpha=gamma)  # type: ignore[call-arg]
+
+    def file_alpha(self, shape: Shape) -> float:
+        if self.is_unfactored(shape):
+            return float(self.rank_of(shape))  # of which readers make gamma = 1
+        return super().file_alpha(shape)
+
+    def to_file(self, shape: Shape, factors: Factors) -> Factors:
+        if self.is_unfactored(shape):
+            factors = factors | {"c_US": self.full_alpha * factors["c_US"]}
+        return super().to_file(shape, factors)
+
+    def from_file(self, shape: Shape, tensors: Factors) -> Factors:
+        factors = super().from_file(shape, tensors)
+        if self.is_unfactored(shape):
+            factors["c_US"] = factors["c_US"] / self.full_alpha
+        return factors
 
     def num_params(self, shape: Shape) -> int:
         U, V, S, T = self.sizes(shape)

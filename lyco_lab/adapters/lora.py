@@ -45,6 +45,7 @@ class LoRA(Ranked):
         "m_RRk": "lora_mid.weight",
     }
     scaling: ClassVar = ("b_PR",)
+    zero: ClassVar = ("b_PR",)
     components: ClassVar = {"b_PR": 1}
 
     def has_core(self, shape: Shape) -> bool:
@@ -80,9 +81,6 @@ class LoRA(Ranked):
     def gamma(self, shape: Shape) -> float:
         rank = self.rank_of(shape)
         return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
-
-    def degree(self, shape: Shape) -> int:
-        return 3 if self.has_core(shape) else 2
 
     def num_params(self, shape: Shape) -> int:
         R = self.sized(shape)

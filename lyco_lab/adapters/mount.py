@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from lyco_lab.adapters import geometry, layers, plan
 from lyco_lab.adapters.base import Adapter, Factors, Shape
-from lyco_lab.adapters.layers import BIAS, SCALAR, Adapted, FactorDict, Mount
-from lyco_lab.adapters.options import Options, Override
+from lyco_lab.adapters.layers import BIAS, Adapted, FactorDict, Mount
+from lyco_lab.adapters.options import SCALAR, Options, Override
 from lyco_lab.adapters.targeting import Target, resolve
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.linalg import kaiming
@@ -55,7 +55,7 @@ def attach(
     seed: int,
     options: Options | None = None,
     overrides: Mapping[str, Override] | None = None,
-    init_scale: float | Callable[[str], float] = 1.0,
+    init_scale: float | Callable[[str, str], float] = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> "Mounted":
     """Freeze `model` and train `adapter` on the layers that names or patterns in `targets` match.
@@ -63,22 +63,16 @@ def attach(
     Patterns have `*`, `?` and `[...]` and match whole names of layers that can be adapted;
     `overrides` says by such patterns what differs on some of them, the last match winning. A
     layer's factors depend on the seed and its name alone, so they are the same on any device and
-    whatever other layers are adapted. `init_scale`, a number or a function of the layer's name,
-    multiplies all of them. `dtype` is that of the factors; at least the layer's is taken where
-    that is float32 or float64.
+    whatever other layers are adapted. `init_scale`, a number or a function of the names of layer
+    and factor, multiplies every factor of the rule. `dtype` is that of the factors; at least the
+    layer's is taken where that is float32 or float64.
 
     Raises `UserError`, before anything is changed, for a name or pattern without a layer, one
     layer twice, a layer that the adapter or an option cannot take, or a weight that is not finite.
     """
     options = options or Options()
     resolved = resolve(model, adapter, targets, options, overrides or {})
-    scales = {
-        target.name: init_scale(target.name) if callable(init_scale) else init_scale
-        for target in resolved
-    }
-    for name, scale in scales.items():
-        if not math.isfinite(scale) or scale == 0:
-            raise UserError(f"init_scale of layer {name!r} must be finite and not 0, got {scale}")
+    scales = {target.name: _scales(target, init_scale) for target in resolved}
     needs_clock = options.draws or any(t.adapter.inner.draws() for t in resolved)
     timed = any(target.adapter.inner.needs_timestep() for target in resolved)
     timesteps = _timestep_argument(model, resolved) if timed else None
@@ -100,8 +94,29 @@ def attach(
     return mounted
 
 
+def _scales(target: Target, init_scale: float | Callable[[str, str], float]) -> dict[str, float]:
+    """What multiplies the start of each factor that is scaled.
+
+    The untrained as well: a term counts all its factors. Not what wraps the rule, as a magnitude
+    does, which stands where the frozen weight put it.
+    """
+    scales = {}
+    for name in target.adapter.inner.factor_shapes(target.shape):
+        scale = init_scale(target.name, name) if callable(init_scale) else init_scale
+        if not math.isfinite(scale) or scale == 0:
+            place = f"factor {name!r} of layer {target.name!r}"
+            raise UserError(f"init_scale of {place} must be finite and not 0, got {scale}")
+        scales[name] = scale
+    return scales
+
+
 def _mount(
-    target: Target, options: Options, seed: int, scale: float, clock: Tensor, dtype: torch.dtype
+    target: Target,
+    options: Options,
+    seed: int,
+    scales: Mapping[str, float],
+    clock: Tensor,
+    dtype: torch.dtype,
 ) -> Mount:
     layer, adapter = target.layer, target.adapter
     reference = layers._reference_tensor(layer)
@@ -122,13 +137,10 @@ def _mount(
     if adapter.trains_bias() and original.bias is not None:
         start[BIAS] = torch.zeros(original.bias.shape, dtype=computing)
     kept = dtype if computing == torch.float32 else computing
-    within = adapter.inner.factor_shapes(target.shape)
     factors = FactorDict(
         {
             name: nn.Parameter(
-                # The untrained as well: the degree counts all factors of the rule. Not what
-                # wraps it, as a magnitude does, which stands where the frozen weight put it.
-                (scale * value if name in within else value).to(reference.device, kept),
+                (scales.get(name, 1.0) * value).to(reference.device, kept),
                 requires_grad=name not in adapter.untrained,
             )
             for name, value in start.items()

@@ -1,6 +1,6 @@
 """Native: the update is the trained weight's difference, every entry of it.
 
-    W' = W + D                  b' = b + d    with `bias`
+    W' = W + alpha * D          b' = b + d    with `bias`
 
 Full fine-tuning, written as an adapter that holds the offset and not the weight, so that it
 starts, merges and comes off like the others. Biases stay frozen, as they do under the others,
@@ -18,19 +18,20 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Additive, Factors, Shape
+from lyco_lab.adapters.base import Additive, Factors, OfAlpha, Shape
 from lyco_lab.adapters.plan import FORM_DENSE, AdditiveKernel, Plan, Sizes
 from lyco_lab.linalg import unrolled
 
 
 @dataclass(frozen=True)
-class Native(Additive):
+class Native(OfAlpha, Additive):
     bias: bool = False  # train an offset of the bias as well, where the layer has one
 
     file_algo: ClassVar = "full"
     file_names: ClassVar = {"diff": "diff"}
 
     scaling: ClassVar = ("diff",)
+    zero: ClassVar = ("diff",)
 
     def init(self, weight: Tensor, rng: Generator) -> Factors:
         return {"diff": weight.new_zeros(weight.shape)}
@@ -39,13 +40,7 @@ class Native(Additive):
         return factors["diff"]
 
     def kernel(self, shape: Shape) -> "Offset":
-        return Offset()
-
-    def gamma(self, shape: Shape) -> float:
-        return 1.0
-
-    def degree(self, shape: Shape) -> int:
-        return 1
+        return Offset(self.alpha)
 
     def num_params(self, shape: Shape) -> int:
         return math.prod(shape)
@@ -56,13 +51,12 @@ class Native(Additive):
     def trains_bias(self) -> bool:
         return self.bias
 
-    def file_alpha(self, shape: Shape) -> None:
-        return None
-
 
 @dataclass(frozen=True)
 class Offset(AdditiveKernel):
-    """W + D in one pass, and the gradient of D is that of the weight."""
+    """W + gamma D in one pass; the gradient of D is gamma times that of the weight."""
+
+    gamma: float
 
     needs_multiplies = False
 
@@ -70,7 +64,7 @@ class Offset(AdditiveKernel):
         return {FORM_DENSE: sizes.T * sizes.N}
 
     def form(self, weight: Tensor, factors: Factors, out: Tensor | None = None) -> Tensor:
-        return torch.add(weight, factors["diff"], out=out)
+        return torch.add(weight, factors["diff"], alpha=self.gamma, out=out)
 
     def dense_grads(self, gw: Tensor, factors: Factors) -> Factors:
-        return {"diff": gw}
+        return {"diff": gw if self.gamma == 1.0 else self.gamma * gw}

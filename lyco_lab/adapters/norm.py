@@ -1,6 +1,6 @@
 """Norm: the scale and the offset of a norm layer, trained.
 
-    w' = w + dw                 b' = b + db    where the layer has an offset
+    w' = w + alpha * dw         b' = b + db    where the layer has an offset
 
 A norm layer normalises its input and multiplies it by w, entry by entry; the shape of w is the
 layer's: a vector of channels, or several axes of a LayerNorm. LyCORIS calls it `train_norm`.
@@ -16,29 +16,24 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Additive, Factors, Shape
+from lyco_lab.adapters.base import Additive, Factors, OfAlpha, Shape
 from lyco_lab.linalg import unrolled
 
 
 @dataclass(frozen=True)
-class Norm(Additive):
+class Norm(OfAlpha, Additive):
     file_algo: ClassVar = "norm"
     file_names: ClassVar = {"dw": "w_norm"}
 
     takes: ClassVar = "norm"
     scaling: ClassVar = ("dw",)
+    zero: ClassVar = ("dw",)
 
     def init(self, weight: Tensor, rng: Generator) -> Factors:
         return {"dw": weight.new_zeros(weight.shape)}
 
     def transform(self, factors: Factors, shape: Shape) -> Tensor:
         return factors["dw"]
-
-    def gamma(self, shape: Shape) -> float:
-        return 1.0
-
-    def degree(self, shape: Shape) -> int:
-        return 1
 
     def num_params(self, shape: Shape) -> int:
         return math.prod(shape)
@@ -48,6 +43,3 @@ class Norm(Additive):
 
     def trains_bias(self) -> bool:
         return True
-
-    def file_alpha(self, shape: Shape) -> None:
-        return None

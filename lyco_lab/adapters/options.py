@@ -13,8 +13,10 @@ device, from the seed, the layer's name and the number of forward passes alone.
 import math
 from dataclasses import dataclass, replace
 
-from lyco_lab.adapters.base import Adapter, Additive, Shape
+from lyco_lab.adapters.base import Adapter, Additive, Shape, Terms
 from lyco_lab.errors import UserError
+
+SCALAR = "scalar"  # the factor that `use_scalar` adds to those of the adapter's rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,21 @@ class Options:
         """Whether anything is drawn at random."""
         return max(self.dropout, self.rank_dropout, self.module_dropout) > 0
 
+    def terms(self, adapter: Adapter, shape: Shape) -> Terms:
+        """The terms of the adapter's T when it is mounted with these options."""
+        added = (SCALAR,) if self.use_scalar else ()
+        return tuple((*term, *added) for term in adapter.terms(shape))
+
+    def zero(self, adapter: Adapter) -> tuple[str, ...]:
+        """The factors, any of which may be absent, that are 0 when it is mounted with these."""
+        return (SCALAR,) if self.use_scalar else adapter.zero
+
     def check(self, adapter: Adapter, shape: Shape, layer: str) -> None:
         """Raise an error where an option would do nothing, or cannot be done."""
         kind, inner = type(adapter).__name__, adapter.inner
         names = inner.factor_shapes(shape)
         if self.use_scalar:
-            product = isinstance(inner, Additive) and inner.degree(shape) > 1
+            product = isinstance(inner, Additive) and min(map(len, inner.terms(shape))) > 1
             # What an untrained copy takes away at the start is zero whatever scales it.
             product = product and not inner.untrained.intersection(inner.scaling)
             if not (product and any(name in names for name in inner.scaling)):

@@ -19,13 +19,14 @@ Shapes: P outputs, N blocks of b x b.
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Adapter, Factors, Layer, Shape
+from lyco_lab.adapters.base import Adapter, Factors, Layer, Shape, Terms
 from lyco_lab.adapters.plan import recomputed
+from lyco_lab.errors import UserError
 from lyco_lab.linalg import unrolled
 
 TINY = 1e-8  # added to a norm before dividing by it, as LyCORIS does
@@ -41,6 +42,7 @@ class Rotation(Adapter):
 
     file_names: ClassVar = {"blocks": "oft_blocks", "scale": "rescale"}
     scaling: ClassVar = ("blocks", "scale")
+    zero: ClassVar = ("blocks", "scale")
     no_degree: ClassVar = "a rotation by c Q is not a multiple of the rotation by Q"
 
     reads_weight = False
@@ -104,8 +106,14 @@ class Rotation(Adapter):
     def moved(self, shape: Shape) -> int:
         """The rank of R - I."""
 
-    def degree(self, shape: Shape) -> None:
+    def gamma(self, shape: Shape) -> None:
         return None
+
+    def with_gamma(self, gamma: float) -> NoReturn:
+        raise UserError(f"{type(self).__name__} has no gamma: {self.no_degree}")
+
+    def terms(self, shape: Shape) -> Terms:
+        return ()
 
     def file_alpha(self, shape: Shape) -> float:
         return float(self.constraint)

@@ -28,7 +28,7 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
+from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape, Terms
 from lyco_lab.adapters.lowrank import LowRank
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import unrolled
@@ -131,8 +131,8 @@ class TLoRA(Ranked):
         share = (self.last_timestep - timesteps) / self.last_timestep
         return (share.clamp(0, 1) * (rank - self.min_rank)).floor() + self.min_rank
 
-    def degree(self, shape: Shape) -> int:
-        return 3
+    def terms(self, shape: Shape) -> Terms:
+        return (("p_PR", "l_1R", "q_RQ"), ("p0_PR", "l0_1R", "q0_RQ"))
 
     def num_params(self, shape: Shape) -> int:
         R = self.sized(shape)

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS, build, describe
 from lyco_lab.adapters.base import Adapter, Factors, Shape
-from lyco_lab.adapters.layers import BIAS, SCALAR, original, shape_of
+from lyco_lab.adapters.layers import BIAS, original, shape_of
 from lyco_lab.adapters.mount import Mounted, attach
-from lyco_lab.adapters.options import Options, Override
+from lyco_lab.adapters.options import SCALAR, Options, Override
 from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.record import atomic
@@ -353,7 +353,9 @@ def _standard(parts: Mapping[str, Mounted]) -> dict[str, str]:
     fields = {ARGUMENTS.get(key, key): value for key, value in describe(adapter).items()}
     del fields["kind"]
     arguments: dict[str, Any] = {"algo": adapter.file_algo}
-    rank, alpha = fields.pop("rank", 1), fields.pop("alpha", 1.0)
+    if "rank" not in fields:
+        fields["alpha"] = 1.0  # what it is here is in the tensors
+    rank, alpha = fields.pop("rank", 1), fields.pop("alpha")
     if "conv_rank" in fields:
         conv_rank, conv_alpha = fields.pop("conv_rank"), fields.pop("conv_alpha")
         arguments["conv_dim"] = rank if conv_rank is None else conv_rank

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NEW = '''"""Shift: every weight of an output row gains the same number.
 
-    W' = W + v 1^T
+    W' = W + alpha * v 1^T,  or twice that
 """
 
 from dataclasses import dataclass
@@ -20,16 +20,17 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Additive, Factors, Shape
+from lyco_lab.adapters.base import Additive, Factors, OfAlpha, Shape
 
 
 @dataclass(frozen=True)
-class Shift(Additive):
+class Shift(OfAlpha, Additive):
     doubled: bool = False
 
     file_algo: ClassVar = "shift"
     file_names: ClassVar = {"v_P": "shift"}
     scaling: ClassVar = ("v_P",)
+    zero: ClassVar = ("v_P",)
 
     def init(self, weight: Tensor, rng: Generator) -> Factors:
         return {"v_P": weight.new_zeros(weight.shape[0])}

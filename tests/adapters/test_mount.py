@@ -85,13 +85,16 @@ def test_a_start_depends_on_seed_and_name_alone():
 
 
 def test_init_scale_multiplies_every_factor():
+    def of_each(layer, factor):
+        return (2.0 if layer == "conv" else 1.0) * (8.0 if factor == "a1_RQ" else 1.0)
+
     plain, halved, by_name = (
         attach(net_and_input()[0], LoHa(), NAMES, seed=0, init_scale=scale).state_dict()
-        for scale in (1.0, 0.5, lambda name: 2.0 if name == "conv" else 1.0)
+        for scale in (1.0, 0.5, of_each)
     )
     for name, factor in plain.items():
         assert torch.equal(halved[name], 0.5 * factor)
-        assert torch.equal(by_name[name], factor * (2.0 if name.startswith("conv.") else 1.0))
+        assert torch.equal(by_name[name], factor * of_each(*name.rsplit(".", 1)))
 
 
 @pytest.mark.parametrize("cls", ADAPTERS.values(), ids=ADAPTERS.keys())
@@ -167,10 +170,19 @@ def test_refuses_before_it_changes_anything(adapter, names, words):
 
 
 @pytest.mark.parametrize("scale", [0.0, float("nan"), float("inf")])
-def test_refuses_a_start_that_cannot_train(scale):
+@pytest.mark.parametrize("factor", ["a_RQ", "b_PR"])
+def test_refuses_a_start_that_cannot_train(scale, factor):
     net, _ = net_and_input()
     described = repr(net)
-    with pytest.raises(ValueError, match="init_scale of layer 'conv'"):
+    with pytest.raises(ValueError, match=f"init_scale of factor '{factor}' of layer 'conv'"):
+        attach(
+            net,
+            LoRA(rank=4),
+            NAMES,
+            seed=0,
+            init_scale=lambda layer, name: scale if name == factor else 1.0,
+        )
+    with pytest.raises(ValueError, match="init_scale of factor .* of layer 'conv'"):
         attach(net, LoRA(rank=4), NAMES, seed=0, init_scale=scale)
     assert repr(net) == described
 
