@@ -1,18 +1,23 @@
-"""Theorem. Let T be homogeneous of degree m, gamma > 0, s = gamma**(1/m), and L any differentiable
-function of the update. At A' = s A,
+"""Theorem. Let T be a sum of terms, each of degree one in every factor that it names, and L any
+differentiable function of the update. Let s_i > 0 be scales whose product over each term is gamma.
+At A'_i = s_i A_i,
 
-    grad_A L(gamma T(A))  =  s grad_A' L(T(A')).
+    grad_{A_i} L(gamma T(A))  =  s_i grad_{A'_i} L(T(A'))        for every factor i.
 
-Proof. By homogeneity gamma T(A) = T(s A) = T(A') (i): both sides differentiate L at the same
-update, so both see the same gradient G of L. The chain rule through A -> s A gives the factor s:
+With one s for all factors this asks that s**m = gamma, m the degree of T.
 
-    d/dA <G, gamma T(A)>  =  d/dA <G, T(s A)>  =  s d/dA' <G, T(A')>   at A' = s A.   (ii)     []
+Proof. gamma T(A) = T(A') (i), since scaling multiplies each term by gamma. So both sides
+differentiate L at the same update, and see the same gradient G of L. The chain rule through
+A_i -> s_i A_i gives the factor s_i:
 
-So the gradient that the run without gamma sees is 1/s times the other's, and this is all that an
-optimiser's step needs to know (theory/sgd.py, theory/adam.py).
+    d/dA_i <G, gamma T(A)>  =  d/dA_i <G, T(s A)>  =  s_i d/dA'_i <G, T(A')>   at A'. (ii)     []
+
+So the gradient that the run without gamma sees is 1/s_i times the other's, and this is all that an
+optimiser's step needs to know (theory/optimizers).
 
 `same_update` is (i) and `difference` is (ii), for every T of theory/homogeneity.py, with a symbol
-for each entry of every factor and of G. Nothing is assumed of L: any network, any loss.
+for each entry of every factor, of W and of G. Nothing is assumed of L: any network, any loss.
+Here s is one for all; theory/gauge.py asks the same for scales that differ.
 """
 
 from collections.abc import Iterator
@@ -20,34 +25,43 @@ from collections.abc import Iterator
 import sympy as sp
 
 from theory import Identity
-from theory.homogeneity import TRANSFORMS, Additive
+from theory.homogeneity import UPDATES, Scales, Update, entries
 
 s = sp.Symbol("s", positive=True)
 
 
-def same_update(adapter: Additive, degree: int) -> sp.Matrix:
-    """gamma T(A) - T(s A)."""
-    factors = adapter.factors()
-    moved = {name: s * factor for name, factor in factors.items()}
-    return s**degree * adapter.transform(**factors) - adapter.transform(**moved)
+def alike(update: Update) -> dict[str, sp.Expr]:
+    """s for every factor."""
+    return dict.fromkeys(update.shapes, s)
 
 
-def difference(adapter: Additive, degree: int) -> sp.Matrix:
-    """grad_A <G, gamma T(A)> - s grad_A' <G, T(A')> at A' = s A, as one column."""
-    factors = adapter.factors()
-    update = adapter.transform(**factors)
-    G = sp.Matrix(*update.shape, lambda p, q: sp.Symbol(f"G_{p}{q}", real=True))
-    pairing = sum(G[i] * update[i] for i in range(len(update)))
+def same_update(update: Update, gamma: sp.Expr, scales: Scales) -> sp.Matrix:
+    """gamma T(A) - T(A')."""
+    factors = update.factors()
+    return gamma * update.of(factors) - update.of(update.scaled(factors, scales))
 
-    entries = [entry for factor in factors.values() for entry in factor]
-    gradient = sp.Matrix([sp.diff(pairing, entry) for entry in entries])
-    at_moved = gradient.subs({entry: s * entry for entry in entries}, simultaneous=True)
-    return s**degree * gradient - s * at_moved
+
+def difference(update: Update, gamma: sp.Expr, scales: Scales) -> sp.Matrix:
+    """grad_{A_i} <G, gamma T(A)> - s_i grad_{A'_i} <G, T(A')> for all factors, as one column."""
+    factors = update.factors()
+    change = update.of(factors)
+    G = entries("G", *change.shape)
+    pairing = sum(G[i] * change[i] for i in range(len(change)))
+
+    scale = {entry: scales[name] for name, factor in factors.items() for entry in factor}
+    moved = {entry: scale[entry] * entry for entry in scale}
+    column = []
+    for entry in scale:
+        gradient = sp.diff(pairing, entry)
+        there = gradient.xreplace(moved)
+        column.append(gamma * gradient - scale[entry] * there)
+    return sp.Matrix(column)
 
 
 def identities() -> Iterator[Identity]:
-    for adapter in TRANSFORMS:
-        m = adapter.degree
-        yield Identity(f"{adapter.name}: gamma T(A) = T(s A)", same_update(adapter, m))
-        claim = f"{adapter.name}: grad_A L(gamma T(A)) = s grad_A' L(T(A'))"
-        yield Identity(claim, difference(adapter, m))
+    for update in UPDATES:
+        gamma = s**update.degree
+        claim = f"{update.name}: gamma T(A) = T(s A)"
+        yield Identity(claim, same_update(update, gamma, alike(update)))
+        claim = f"{update.name}: grad_A L(gamma T(A)) = s grad_A' L(T(A'))"
+        yield Identity(claim, difference(update, gamma, alike(update)))

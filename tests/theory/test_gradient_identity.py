@@ -1,31 +1,56 @@
-"""The gradient identity fails for a wrong degree, and holds for autograd on an actual loss."""
+"""The gradient identity fails for a wrong degree, and holds for autograd on what trains."""
 
 import pytest
+import sympy as sp
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from theory import is_zero
-from theory.gradient_identity import difference, same_update
-from theory.homogeneity import TRANSFORMS
+from lyco_lab.adapters import ADAPTERS
+from tests.strategies import adapters_on, random_factors, random_weight, seeds, shapes_of
+from theory import Counterexample
+from theory.gradient_identity import alike, difference, s, same_update
+from theory.homogeneity import UPDATES
+
+every_update = pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.name)
+homogeneous = [name for name, cls in ADAPTERS.items() if not cls.no_degree]
 
 
-@pytest.mark.parametrize("adapter", TRANSFORMS, ids=lambda adapter: adapter.name)
+@every_update
 @pytest.mark.parametrize("error", [-1, 1])
-def test_a_wrong_degree_is_caught(adapter, error):
-    assert not is_zero(same_update(adapter, adapter.degree + error))
-    assert not is_zero(difference(adapter, adapter.degree + error))
+def test_a_wrong_degree_is_caught(update, error):
+    gamma = s ** (update.degree + error)
+    for left in (same_update, difference):
+        (entry, *_) = left(update, gamma, alike(update))
+        assert Counterexample("", at_numbers(entry)).holds()
 
 
-def test_autograd_agrees():
-    rng = torch.Generator().manual_seed(0)
-    gamma, s = 0.09, 0.3
-    b_PR, a_RQ = (torch.randn(n, dtype=torch.float64, generator=rng) for n in ((4, 2), (2, 6)))
+def at_numbers(entry):
+    """Unlike any other: 1/2, 1/3, 1/5, ... for its symbols."""
+    symbols = sorted(entry.free_symbols, key=str)
+    return entry.xreplace({x: sp.Rational(1, sp.prime(i + 1)) for i, x in enumerate(symbols)})
 
-    def gradients(scale, b_PR, a_RQ):
-        factors = [b_PR.clone().requires_grad_(), a_RQ.clone().requires_grad_()]
-        loss = torch.exp(torch.sin(scale * factors[0] @ factors[1])).sum()
-        return torch.autograd.grad(loss, factors)
 
-    with_gamma = gradients(gamma, b_PR, a_RQ)
-    without = gradients(1.0, s * b_PR, s * a_RQ)
-    for left, right in zip(with_gamma, without, strict=True):
-        torch.testing.assert_close(left, s * right, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("name", homogeneous)
+@given(data=st.data(), seed=seeds, log_gamma=st.floats(-4, 4))
+def test_autograd_agrees(name, data, seed, log_gamma):
+    """On a loss that is not quadratic, for the run with gamma and the one without."""
+    cls = ADAPTERS[name]
+    shape = data.draw(shapes_of(cls))
+    adapter = data.draw(adapters_on(cls, shape))
+    weight = random_weight(shape, seed)
+    gamma, s = 10**log_gamma, 10 ** (log_gamma / adapter.degree(shape))
+    start = {k: A.clone() for k, A in random_factors(adapter, weight, seed + 1).items()}
+    # Sizes at which the loss bends and no term drowns the others, whatever gamma is.
+    size = float((gamma / adapter.gamma(shape) * adapter.delta(weight, start)).norm())
+    gather = size ** (-1 / adapter.degree(shape))
+
+    def gradients(gamma, scale):
+        factors = {k: (scale * gather * A).requires_grad_() for k, A in start.items()}
+        change = gamma / adapter.gamma(shape) * adapter.delta(weight, factors)
+        loss = torch.exp(torch.sin(weight + change)).sum()
+        return torch.autograd.grad(loss, list(factors.values()))
+
+    for left, right in zip(gradients(gamma, 1.0), gradients(1.0, s), strict=True):
+        tolerance = 1e-12 * float(left.abs().max())
+        torch.testing.assert_close(left, s * right, rtol=1e-12, atol=tolerance)
