@@ -54,6 +54,10 @@ class Optimizer(abc.ABC):
     # False only where the rule itself is not homogeneous bit by bit; the class says why.
     exact: ClassVar[bool] = True
 
+    # Why two runs agree only roughly where s is no power of two: somewhere in the step numbers are
+    # rounded to far fewer bits than the factors have. "" where rounding is the factors' own.
+    coarse: ClassVar[str] = ""
+
     # Whether what is to be used after training is not what trains: the optimizer then has
     # `eval()` and `train()`, which exchange the two in the parameters.
     averages: ClassVar[bool] = False
@@ -107,13 +111,18 @@ class Optimizer(abc.ABC):
     def check(self, **bounds: tuple[float, float]) -> None:
         """Raise an error unless each named field (or both of a pair) is in [low, high)."""
         for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                if number is None:
-                    continue
-                if not (math.isfinite(number) and low <= number < high):
-                    upper = "" if math.isinf(high) else f" and < {high:g}"
-                    self.refuse(f"needs {name} >= {low:g}{upper}, got {value}")
+            value, default = getattr(self, name), getattr(type(self), name)
+            if value is None and default is None:
+                continue
+            size = len(default) if isinstance(default, tuple) else 1
+            numbers = value if isinstance(value, tuple) else (value,)
+            real = all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers)
+            if len(numbers) != size or not real:
+                what = f"{size} numbers" if size > 1 else "a number"
+                self.refuse(f"needs {name} to be {what}, got {value!r}")
+            if not all(math.isfinite(n) and low <= n < high for n in numbers):
+                upper = "" if math.isinf(high) else f" and < {high:g}"
+                self.refuse(f"needs {name} >= {low:g}{upper}, got {value}")
 
     @final
     def package(self, module: str, distribution: str) -> ModuleType:
