@@ -306,6 +306,8 @@ class OfRank(Adapter):
     conv_rank: int | None = None  # None: rank
     conv_alpha: float | None = None  # None: alpha
 
+    rank_stabilised = False  # where it is a field: gamma = alpha / sqrt(rank)
+
     def __post_init__(self) -> None:
         for name in ("rank", "conv_rank"):
             value = getattr(self, name)
@@ -326,15 +328,15 @@ class OfRank(Adapter):
         return self.conv_alpha if _wide(shape) and self.conv_alpha is not None else self.alpha
 
     def gamma(self, shape: Shape) -> float:
-        return self.alpha_of(shape) / self.rank_of(shape)
+        return self.alpha_of(shape) / self._divisor(self.rank_of(shape))
 
     def with_gamma(self, gamma: float) -> "OfRank":
-        fields: dict[str, float | None] = {"alpha": gamma * self.rank, "conv_alpha": None}
-        if self.conv_rank is not None:
-            fields["conv_alpha"] = gamma * self.conv_rank
-        if getattr(self, "rank_stabilised", False):
-            fields["rank_stabilised"] = False  # gamma * sqrt(rank) would be rounded
-        return replace(self, **fields)  # type: ignore[arg-type]
+        conv_alpha = None if self.conv_rank is None else gamma * self._divisor(self.conv_rank)
+        return replace(self, alpha=gamma * self._divisor(self.rank), conv_alpha=conv_alpha)
+
+    @final
+    def _divisor(self, rank: int) -> float:
+        return math.sqrt(rank) if self.rank_stabilised else rank
 
     def fitted(self, shape: Shape) -> "OfRank":
         most = min(shape[0], math.prod(shape[1:]))

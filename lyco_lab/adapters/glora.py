@@ -87,10 +87,6 @@ class GLoRA(OfRank):
         kind = Apart if math.prod(shape[2:]) > 1 else Joined
         return kind(shape, self.gamma(shape), self.rank_of(shape))
 
-    def gamma(self, shape: Shape) -> float:
-        rank = self.rank_of(shape)
-        return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
-
     def terms(self, shape: Shape) -> Terms:
         return (("a1_QR", "a2_RQ"), ("b1_PR", "b2_RQ"))
 

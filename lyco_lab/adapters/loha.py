@@ -109,10 +109,6 @@ class LoHa(Ranked):
         R = self.rank_of(shape)
         return Hadamard(shape, self.gamma(shape), R * R, R)
 
-    def gamma(self, shape: Shape) -> float:
-        rank = self.rank_of(shape)
-        return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
-
     def num_params(self, shape: Shape) -> int:
         R = self.sized(shape)
         if self.has_core(shape):

@@ -177,8 +177,7 @@ class LoKr(Ranked):
     def gamma(self, shape: Shape) -> float:
         if self.is_unfactored(shape):
             return self.full_alpha
-        rank = self.rank_of(shape)
-        return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
+        return super().gamma(shape)
 
     def with_gamma(self, gamma: float) -> OfRank:
         return replace(super().with_gamma(gamma), full_alpha=gamma)  # type: ignore[call-arg]

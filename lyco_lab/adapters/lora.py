@@ -78,10 +78,6 @@ class LoRA(Ranked):
     def kernel(self, shape: Shape) -> "Pair":
         return Pair(shape, self.gamma(shape), self.rank_of(shape))
 
-    def gamma(self, shape: Shape) -> float:
-        rank = self.rank_of(shape)
-        return self.alpha_of(shape) / (math.sqrt(rank) if self.rank_stabilised else rank)
-
     def num_params(self, shape: Shape) -> int:
         R = self.sized(shape)
         if self.has_core(shape):

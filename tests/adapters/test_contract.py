@@ -14,6 +14,15 @@ from torch import nn
 from lyco_lab.adapters import ADAPTERS, plan
 from lyco_lab.adapters.base import Additive
 from lyco_lab.adapters.mount import attach
+from tests.adapters.gauge import (
+    check_equal_runs,
+    check_terms,
+    check_with_gamma,
+    check_zero,
+    exact_gauges,
+    gauges,
+    powers,
+)
 from tests.adapters.law import cases, check_gradients, check_values
 from tests.strategies import (
     adapters_on,
@@ -138,6 +147,46 @@ def test_the_change_is_homogeneous_of_the_claimed_degree(cls, data):
     if degree is None:  # a reason is owed, and no power may fit every c
         assert adapter.no_degree
         assert not all(fitting)
+
+
+@every_adapter
+@given(data=st.data())
+def test_the_terms_are_as_claimed(cls, data):
+    case = data.draw(cases(cls))
+    terms = case.options.terms(case.adapter, tuple(case.layer()[0].weight.shape))
+    if not terms:
+        assert case.adapter.no_degree
+        return
+    check_terms(case, data.draw(gauges(terms)))
+
+
+@every_adapter
+@given(data=st.data())
+def test_gamma_is_a_scale_of_the_factors_bit_for_bit(cls, data):
+    case, gamma = data.draw(cases(cls)), data.draw(powers)
+    terms = case.options.terms(case.adapter, tuple(case.layer()[0].weight.shape))
+    if terms:
+        g, scales = data.draw(exact_gauges(terms))
+        check_equal_runs(case, (g * gamma, gamma), scales)
+
+
+@every_adapter
+@given(data=st.data())
+def test_the_factors_that_start_at_zero_are_those_claimed(cls, data):
+    check_zero(data.draw(cases(cls)))
+
+
+@every_adapter
+@given(data=st.data(), gamma=powers)
+def test_any_gamma_can_be_had(cls, data, gamma):
+    shape = data.draw(shapes_of(cls))
+    adapter = data.draw(adapters_on(cls, shape))
+    if adapter.terms(shape):
+        check_with_gamma(adapter, shape, gamma)
+        return
+    assert adapter.gamma(shape) is None
+    with pytest.raises(ValueError, match=f"{cls.__name__} has no gamma: {adapter.no_degree}"):
+        adapter.with_gamma(gamma)
 
 
 @every_additive
