@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 a mistake in what was asked (one line on stderr), 130 inte
 """
 
 import contextlib
+import logging
 import os
 import shlex
 import sys
@@ -201,4 +202,5 @@ def main() -> None:
     """The entry point of `lyco-lab`. What libraries say of themselves is kept off the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels not asked for
     app(prog_name="lyco-lab")

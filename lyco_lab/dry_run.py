@@ -6,17 +6,16 @@ The networks are built from their configuration alone, without weights, so this 
 every run is checked, so that a mistake in the last one is not found after the others have trained.
 """
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import nn
-
+from lyco_lab import gamma
 from lyco_lab.adapters.mount import survey
 from lyco_lab.config import Data, Run, Study
+from lyco_lab.config.groups import check
 from lyco_lab.data import folder
 from lyco_lab.diffusion import targets
+from lyco_lab.diffusion.skeleton import skeleton
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import model_folder
 from lyco_lab.miniature.concepts import concept
@@ -57,10 +56,11 @@ def plan(study: Study) -> list[Plan]:
 
 def _plan(run: Run) -> Plan:
     images, samples = _count(run.data)
+    check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
     parts = ["unet", "text_encoder"] if run.model.text_encoder else ["unet"]
     counts, narrowed = {}, 0
     for part in parts:
-        network = _network(model_folder(run.model.path), part)
+        network = skeleton(model_folder(run.model.path), part)
         names, adapter = targets.match(network, run.model.preset, part), run.adapter_value()
         narrow = targets.fitting(network, adapter, names)
         counts[part] = survey(network, adapter, names, options=run.options, overrides=narrow)
@@ -83,17 +83,3 @@ def _count(data: Data) -> tuple[int, int]:
     subject = concept(str(data.concept))
     images = min(subject.images, data.limit or subject.images)
     return images, images * (data.repeats or subject.repeats)
-
-
-@functools.cache
-def _network(model: Path, part: str) -> nn.Module:
-    """A part of the model on the meta device: shapes without numbers."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    if not (model / part / "config.json").is_file():
-        raise UserError(f"model.path is {str(model)!r}: it has no {part}/config.json")
-    with torch.device("meta"):
-        if part == "unet":
-            return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model / part))
-        return CLIPTextModel(CLIPTextConfig.from_pretrained(model / part))

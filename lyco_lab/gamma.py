@@ -1,59 +1,56 @@
-"""The gamma theorem as code: what must move, and how far, when gamma is folded away.
+"""The gamma theorem as code: which runs are the same run, and how to get from one to another.
 
-An additive adapter trains W' = W + gamma * T(A), where T is homogeneous of degree m in its
-factors: T(a * A) = a**m * T(A). Write s = gamma ** (1 / m). A run with gamma and a run without it
-have the same W' at every step, hence the same losses and images, when in the second run
+An adapter trains W' = W + gamma * T(A_1, ..., A_n), where T is a sum of terms, each linear in every
+one of its factors. Scale each factor by an s_i > 0 of its own, such that the product over the
+factors of every term is gamma / gamma'. Then the run with gamma' whose
 
-    the factors start at  s * A
-    lr                ->  lr * s**c            c = 2 for SGD, c = 1 for Adam and AdamW
-    every other setting   moves by its own power of s, listed in `POWERS`
+    factors start at            s_i * A_i
+    settings are                x * s_i**p,     p the power that the optimizer claims for x
+    norm of gradients counts    s_i * |g_i|
 
-What is not listed (momentum, betas, schedule, warm-up, batch) stays. The powers are derived from
-the update rules in theory/sgd.py, theory/adam.py and theory/gradient_clipping.py, which compare
-their solutions with the table below; the degree m belongs to the layer, not to the adapter's name
-(LoKr has 2 where its right block is a full matrix and 3 where it is factored).
+has the same W' at every step as the run with gamma, hence the same losses and images. The powers
+are claims of lyco_lab/optimizers (lr moves by s**2 for SGD and by s for Adam, eps by 1 / s, ...),
+the terms are claims of lyco_lab/adapters; theory/ derives both, theory/gauge.py proves this.
 
-When s is a power of two, scaling by it is exact in binary floating point, and the two runs agree
-bit for bit. Clipping by global norm is the exception to keep in mind: it needs every clipped
-factor to share one s, and torch adds 1e-6 to the norm, which does not scale.
+With all s_i of a layer equal this is the theorem of the paper: s = gamma**(1/m), m the degree of
+the layer, which belongs to the layer and not to the adapter's name (LoKr has 2 where its right
+block is a full matrix and 3 where it is factored). With all of it on a factor that starts at 0 it
+says that gamma is a ratio of learning rates and nothing else.
 
-References:
-    Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
-    (Yeh et al., 2024), Theorem 1, https://arxiv.org/abs/2309.14859
+When every s_i is a power of two, scaling is exact in binary floating point, and the two runs agree
+bit for bit; else they agree up to rounding, which training may amplify.
+
+Reference: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
+(Yeh et al., 2024), Theorem 1, https://arxiv.org/abs/2309.14859
 """
 
+import functools
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from types import MappingProxyType
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from lyco_lab.errors import UserError, nearest
+from lyco_lab import adapters, optimizers
+from lyco_lab.adapters.base import Adapter, Terms
+from lyco_lab.adapters.layers import BIAS, original
+from lyco_lab.adapters.options import SCALAR, Options
+from lyco_lab.adapters.targeting import resolve
+from lyco_lab.config import Model, Run, Train
+from lyco_lab.config.groups import Group, group_of
+from lyco_lab.diffusion import targets
+from lyco_lab.diffusion.skeleton import skeleton
+from lyco_lab.errors import UserError
+from lyco_lab.miniature import model_folder
+from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.record import identity
 
-# The power of s by which each setting moves. Weight decay is coupled (added to the gradient) in
-# SGD and Adam, decoupled (applied to the factors) in AdamW.
-POWERS: Mapping[str, Mapping[str, int]] = MappingProxyType(
-    {
-        "sgd": MappingProxyType({"lr": 2, "weight_decay": -2, "grad_clip": -1}),
-        "adam": MappingProxyType({"lr": 1, "eps": -1, "weight_decay": -2, "grad_clip": -1}),
-        "adamw": MappingProxyType({"lr": 1, "eps": -1, "weight_decay": -1, "grad_clip": -1}),
-    }
-)
+CARRIERS = ("all", "zero")
+SAME = 1e-9  # relative difference at which two settings are one, written or rounded differently
 
-
-@dataclass(frozen=True)
-class Rewrite:
-    """The settings of the run without gamma. None: the run does not use that setting."""
-
-    init_scale: float  # multiplies the factors an adapter's `init` returns
-    lr: float
-    eps: float | None = None
-    weight_decay: float | None = None
-    grad_clip: float | None = None
-
-
-def exponent(optimizer: str) -> int:
-    """The c of lr -> lr * s**c."""
-    return _powers(optimizer)["lr"]
+Place = tuple[str, str]  # a factor: (part.layer, its name)
+Scales = dict[Place, float]  # s_i
 
 
 def scale(gamma: float, degree: int) -> float:
@@ -75,46 +72,376 @@ def is_power_of_two(s: float) -> bool:
     return s > 0 and math.isfinite(s) and math.frexp(s)[0] == 0.5
 
 
-def rewrite(
-    gamma: float, degree: int, optimizer: str, hyper: Mapping[str, float | None]
-) -> Rewrite:
-    """The settings under which gamma = 1 trains as `hyper` does under `gamma`.
+@dataclass(frozen=True)
+class Layer:
+    """A layer that a run adapts, as the theorem sees it."""
 
-    `hyper` holds `lr` and any of `init_scale` (default 1), `eps`, `weight_decay`, `grad_clip`.
-    It speaks of layers of one degree; a model that mixes degrees needs one rewrite for each.
+    name: str  # part.layer
+    adapter: Adapter
+    gamma: float | None
+    terms: Terms
+    zero: tuple[str, ...]  # the factors that start at 0
+    scaled: tuple[str, ...]  # those that init_scale multiplies
+    others: tuple[str, ...]  # that train and stand in no term: a magnitude, an offset of the bias
+
+    @property
+    def factors(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((*(f for term in self.terms for f in term), *self.others)))
+
+
+def layers(run: Run) -> tuple[Layer, ...]:
+    """The layers that the run adapts; needs the model's configuration, not its weights."""
+    return _layers(run.model, run.adapter_value(), run.options)
+
+
+@functools.lru_cache(maxsize=256)
+def _layers(model: Model, adapter: Adapter, options: Options) -> tuple[Layer, ...]:
+    found = []
+    for part in ("unet", "text_encoder") if model.text_encoder else ("unet",):
+        network = skeleton(model_folder(model.path), part)
+        names = targets.match(network, model.preset, part)
+        fitting = targets.fitting(network, adapter, names)
+        for target in resolve(network, adapter, names, options, fitting):
+            own, shape = target.adapter, target.shape
+            terms = options.terms(own, shape)
+            within = {factor for term in terms for factor in term}
+            every = dict.fromkeys(own.factor_shapes(shape))
+            if own.trains_bias() and original(target.layer).bias is not None:
+                every[BIAS] = None
+            if options.use_scalar:
+                every[SCALAR] = None
+            found.append(
+                Layer(
+                    name=f"{part}.{target.name}",
+                    adapter=own,
+                    gamma=own.gamma(shape),
+                    terms=terms,
+                    zero=options.zero(own),
+                    scaled=tuple(own.inner.factor_shapes(shape)),
+                    others=tuple(name for name in every if name not in within),
+                )
+            )
+    return tuple(found)
+
+
+def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
+    """The run with this gamma on every layer that trains the same W' as `run`.
+
+    `carry` says which factors take the difference: "all" of a layer alike, as in the paper, or
+    "zero", those that start at 0, so that the start stays as it is.
+
+    Raises `UserError` where there is no such run: the adapter's update is not homogeneous, the
+    optimizer has no exact transformation, or it needs one scale for factors that need several.
     """
-    known = [field.name for field in fields(Rewrite)]
-    for name in hyper:
-        if name not in known:
-            hint = nearest(name, known)
-            raise UserError(f"gamma moves {', '.join(known)}, not '{name}'{hint}")
-    lr = hyper.get("lr")
-    if lr is None:
-        raise UserError(f"a rewrite needs the run's lr, got only {sorted(hyper)}")
-    init_scale = hyper.get("init_scale", 1.0)
-    if init_scale is None:
-        raise UserError("init_scale must be a number, got None")
+    if carry not in CARRIERS:
+        raise UserError(f"carry is {carry!r}, needs one of {', '.join(CARRIERS)}")
+    if not (math.isfinite(gamma) and gamma > 0):
+        raise UserError(f"gamma must be finite and positive, got {gamma}")
+    why = obstacle(run)
+    if why:
+        raise UserError(f"gamma of run {run.name!r} cannot be moved: {why}")
+    scales: Scales = {}
+    for layer in layers(run):
+        assert layer.gamma is not None
+        ratio = layer.gamma / gamma
+        for term in layer.terms:
+            carriers = [name for name in term if carry == "all" or name in layer.zero]
+            if not carriers:
+                kind = type(layer.adapter).__name__
+                raise UserError(
+                    f"gamma of run {run.name!r} cannot be carried by factors that start at 0: "
+                    f"{kind} has a term without any ({', '.join(term)}); use carry='all'"
+                )
+            s = scale(ratio, len(carriers))
+            scales |= {(layer.name, name): s if name in carriers else 1.0 for name in term}
+    return transformed(run, scales, run.adapter_value().with_gamma(gamma))
 
-    s = scale(gamma, degree)
-    powers = _powers(optimizer)
 
-    def moved(name: str) -> float | None:
-        value = hyper.get(name)
-        return None if value is None else value * s ** powers.get(name, 0)
+def obstacle(run: Run) -> str:
+    """Why no gamma of this run can be moved anywhere; "" where it can."""
+    rule = run.optimizer_value()
+    if rule.no_gamma:
+        return f"{type(rule).__name__} admits no exact transformation: {rule.no_gamma}"
+    for layer in layers(run):
+        if not layer.terms:
+            return (
+                f"the update of {type(layer.adapter).__name__} is not homogeneous: "
+                f"{layer.adapter.no_degree}"
+            )
+    return ""
 
-    return Rewrite(
-        init_scale=init_scale * s,
-        lr=lr * s ** powers["lr"],
-        eps=moved("eps"),
-        weight_decay=moved("weight_decay"),
-        grad_clip=moved("grad_clip"),
+
+def transformed(run: Run, scales: Mapping[Place, float], adapter: Adapter) -> Run:
+    """`run` with each factor scaled as given (those that are not: by 1), and this adapter.
+
+    The scale that most factors have goes into the settings of the run, and what differs from it
+    into groups.
+    """
+    rule = run.optimizer_value()
+    places = [(layer, name) for layer in layers(run) for name in layer.factors]
+    each = {(layer.name, name): scales.get((layer.name, name), 1.0) for layer, name in places}
+    distinct = set(each.values())
+    if len(distinct) > 1 and rule.one_scale:
+        raise UserError(
+            f"gamma of run {run.name!r} cannot be moved: its factors need the scales "
+            f"{', '.join(f'{s:.6g}' for s in sorted(distinct))}, and {type(rule).__name__} takes "
+            f"one for all: {rule.one_scale}"
+        )
+    counts = Counter(each.values())
+    common = max(counts, key=lambda s: (counts[s], s == 1))
+    train, lr = run.train, common ** rule.powers.get("lr", 0)
+    text_lr, clip = train.text_encoder_lr, train.grad_clip
+    groups = train.groups
+    if len(distinct) > 1:
+        groups = _groups(run, rule, {place: s / common for place, s in each.items()})
+    return replace(
+        run,
+        adapter=adapters.describe(adapter),
+        optimizer=optimizers.describe(rule.scaled(common)),
+        train=replace(
+            train,
+            init_scale=train.init_scale * common,
+            lr=train.lr * lr,
+            text_encoder_lr=None if text_lr is None else text_lr * lr,
+            grad_clip=None if clip is None else clip / common,
+            groups=groups,
+        ),
     )
 
 
-def _powers(optimizer: str) -> Mapping[str, int]:
-    if optimizer not in POWERS:
-        hint = nearest(optimizer, list(POWERS))
-        raise UserError(
-            f"the gamma theorem is worked out for {', '.join(POWERS)}, not '{optimizer}'{hint}"
+def _groups(run: Run, rule: Optimizer, relative: Scales) -> tuple[Group, ...]:
+    """Groups that give every factor the settings it had, moved by its scale."""
+    by_layer = {layer.name: layer for layer in layers(run)}
+    members: dict[str, dict[str, list[str]]] = {}  # settings -> layer -> factors
+    values: dict[str, Group] = {}
+    for (name, factor), s in relative.items():
+        old = group_of(run.train.groups, name, factor)
+        layer = by_layer[name]
+        starts = factor in layer.scaled and factor not in layer.zero
+        settings = {key: old.optimizer.get(key, 1.0) * s**p for key, p in _own(rule).items()}
+        new = Group(
+            init_scale=old.init_scale * s if starts else 1.0,
+            lr=old.lr * s ** rule.powers.get("lr", 0),
+            clip=1.0 if run.train.grad_clip is None else old.clip * s,
+            optimizer={key: value for key, value in settings.items() if value != 1},
         )
-    return POWERS[optimizer]
+        key = json.dumps(asdict(new), sort_keys=True)
+        values[key] = new
+        members.setdefault(key, {}).setdefault(name, []).append(factor)
+    groups = []
+    for key, where in members.items():
+        if values[key].is_plain():
+            continue
+        together: dict[tuple[str, ...], list[str]] = {}
+        for name, factors in where.items():
+            alike = len(factors) == len(by_layer[name].factors)
+            together.setdefault(("*",) if alike else tuple(factors), []).append(name)
+        for patterns, names in together.items():
+            others = [layer for name, layer in by_layer.items() if name not in names]
+            unique = not any(set(patterns) & {"*", *layer.factors} for layer in others)
+            groups.append(
+                replace(
+                    values[key],
+                    layers=("*",) if unique else tuple(names),
+                    factors=patterns,
+                )
+            )
+    return tuple(groups)
+
+
+def _own(rule: Optimizer) -> dict[str, int]:
+    """The powers of the optimizer's own settings."""
+    return {key: power for key, power in rule.powers.items() if key != "lr"}
+
+
+def canonical(run: Run) -> Run:
+    """The representative of the runs that train the same W': gamma = 1, init_scale = 1.
+
+    All of gamma and of the start's scales is carried by the factors that start at 0; where a term
+    has none, by all of its factors alike. A run whose gamma cannot be moved represents itself.
+    """
+    scales = _canonical_scales(run)
+    return run if scales is None else transformed(run, scales, run.adapter_value().with_gamma(1.0))
+
+
+def _canonical_scales(run: Run) -> Scales | None:
+    if obstacle(run):
+        return None
+    if run.optimizer_value().one_scale:
+        return _one_scale(run)
+    scales: Scales = {}
+    for layer in layers(run):
+        assert layer.gamma is not None
+        for term in layer.terms:
+            starts = [name for name in term if name not in layer.zero]
+            start = {name: _start(run.train, layer, name) for name in starts}
+            whole = layer.gamma * math.prod(start.values())
+            scales |= {(layer.name, name): 1 / start[name] for name in starts}
+            carriers = [name for name in term if name in layer.zero] or starts
+            share = scale(whole, len(carriers))
+            for name in carriers:
+                scales[layer.name, name] = scales.get((layer.name, name), 1.0) * share
+    return scales
+
+
+def _one_scale(run: Run) -> Scales | None:
+    """The one s for every factor that leaves gamma = 1; None where there is none."""
+    needed = {
+        scale(layer.gamma, len(term))
+        for layer in layers(run)
+        if layer.gamma is not None
+        for term in layer.terms
+    }
+    if any(layer.others for layer in layers(run)):
+        needed.add(1.0)
+    if len(needed) != 1:
+        return None
+    (s,) = needed
+    return {(layer.name, name): s for layer in layers(run) for name in layer.factors}
+
+
+def _start(train: Train, layer: Layer, factor: str) -> float:
+    """What multiplies the start of a factor."""
+    if factor not in layer.scaled:
+        return 1.0
+    return train.init_scale * group_of(train.groups, layer.name, factor).init_scale
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether two runs train the same W', and why not."""
+
+    equal: bool
+    bitwise: bool  # in every bit, not only up to rounding
+    reason: str  # of a difference; what was shown, where there is none
+
+    def __bool__(self) -> bool:
+        return self.equal
+
+
+def equivalent(a: Run, b: Run) -> Equivalence:
+    """Whether the theorem makes the two runs the same; names are not compared.
+
+    Both are brought to their representatives, and their settings compared factor by factor.
+    """
+    difference = _rest_differs(a, b)
+    if difference:
+        return Equivalence(False, False, difference)
+    ours, theirs = _canonical_scales(a), _canonical_scales(b)
+    if ours is None or theirs is None:
+        same = identity(a.to_dict()) == identity(b.to_dict())
+        why = obstacle(a) or "its factors need several scales, and its optimizer takes one for all"
+        return Equivalence(same, same, "equal settings" if same else f"settings differ, and {why}")
+    bitwise = a.optimizer_value().exact and b.optimizer_value().exact
+    for layer in layers(a):
+        for factor in layer.factors:
+            place = (layer.name, factor)
+            s, t = ours.get(place, 1.0), theirs.get(place, 1.0)
+            here, there = _settings(a, layer, factor), _settings(b, layer, factor)
+            for key, power in _powers(a, layer, factor).items():
+                x, y = here[key] * s**power, there[key] * t**power
+                if not math.isclose(x, y, rel_tol=SAME):
+                    return Equivalence(
+                        False,
+                        False,
+                        f"{key} of {layer.name}, factor {factor}, is {x:.6g} in {a.name} and "
+                        f"{y:.6g} in {b.name}, once both have gamma = 1 and the same start",
+                    )
+                bitwise = bitwise and here[key] == there[key] * (t / s) ** power
+            bitwise = bitwise and is_power_of_two(t / s)
+    shown = "the same bit for bit" if bitwise else "the same up to rounding"
+    return Equivalence(True, bitwise, shown)
+
+
+def _powers(run: Run, layer: Layer, factor: str) -> dict[str, int]:
+    """Setting of a factor -> the power of s by which it moves."""
+    rule = run.optimizer_value()
+    powers = {"lr": rule.powers.get("lr", 0)}
+    for key, power in _own(rule).items():
+        powers |= dict.fromkeys(_numbers(key, getattr(rule, key)), power)
+    if run.train.grad_clip is not None:
+        powers["the weight in the clipped norm"] = 1
+    if factor in layer.scaled and factor not in layer.zero:
+        powers["init_scale"] = 1
+    return powers
+
+
+def _settings(run: Run, layer: Layer, factor: str) -> dict[str, float]:
+    """What a factor starts from and is moved by, as numbers."""
+    group = group_of(run.train.groups, layer.name, factor)
+    rule = run.optimizer_value()
+    settings = {
+        "lr": run.train.rate(layer.name.partition(".")[0]) * group.lr,
+        "init_scale": _start(run.train, layer, factor),
+    }
+    for key in _own(rule):
+        value = getattr(rule.moved({key: group.optimizer.get(key, 1.0)}), key)
+        settings |= _numbers(key, value)
+    if run.train.grad_clip is not None:
+        settings["the weight in the clipped norm"] = group.clip / run.train.grad_clip
+    return settings
+
+
+def _numbers(key: str, value: Any) -> dict[str, float]:
+    """A setting under its name, and the two of a pair under names of their own."""
+    if isinstance(value, tuple):
+        return {f"{key}[{i}]": number for i, number in enumerate(value)}
+    return {} if value is None else {key: value}
+
+
+def _rest_differs(a: Run, b: Run) -> str:
+    """The first difference of two runs that no scaling of factors makes or undoes; "" for none."""
+    for key, ours, theirs in _differences(_rest(a), _rest(b)):
+        return f"{key} is {ours!r} in {a.name} and {theirs!r} in {b.name}"
+    return ""
+
+
+def _rest(run: Run) -> dict[str, Any]:
+    """The run's settings without those that the theorem moves."""
+    rest, rule = dict(identity(run.to_dict())), run.optimizer_value()
+    if not obstacle(run):
+        rest["adapter"] = adapters.describe(run.adapter_value().with_gamma(1.0))
+    moved = {"lr", "text_encoder_lr", "init_scale", "grad_clip", "groups"}
+    rest["train"] = {k: v for k, v in rest["train"].items() if k not in moved}
+    rest["train"]["grad_clip is set"] = run.train.grad_clip is not None
+    rest["optimizer"] = {
+        key: value is None if key in rule.powers else value for key, value in run.optimizer.items()
+    }
+    return rest
+
+
+def _differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    for key in (*ours, *(key for key in theirs if key not in ours)):
+        here, there = ours.get(key), theirs.get(key)
+        if isinstance(here, Mapping) and isinstance(there, Mapping):
+            yield from _differences(here, there, f"{prefix}{key}.")
+        elif here != there:
+            yield f"{prefix}{key}", here, there
+
+
+@dataclass(frozen=True)
+class Class:
+    """Runs that train the same W', of which the first stands for all."""
+
+    runs: tuple[Run, ...]
+    bitwise: bool  # they agree in every bit
+
+    @property
+    def representative(self) -> Run:
+        return self.runs[0]
+
+
+def classes(runs: Sequence[Run]) -> list[Class]:
+    """The runs in classes of equivalent ones, in the order of their first members."""
+    found: list[Class] = []
+    for run in runs:
+        for number, known in enumerate(found):
+            verdict = equivalent(known.representative, run)
+            if verdict:
+                found[number] = Class((*known.runs, run), known.bitwise and verdict.bitwise)
+                break
+        else:
+            found.append(Class((run,), True))
+    return found

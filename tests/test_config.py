@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyco_lab import gamma
-from lyco_lab.adapters import ADAPTERS
+from lyco_lab.adapters import ADAPTERS, describe
 from lyco_lab.config import Data, Evaluate, Generate, Model, Run, Train, Wandb, load_study
 from lyco_lab.config.compose import KEYS, SECTIONS, parse_overrides, read_yaml
+from lyco_lab.config.groups import Group
 from lyco_lab.config.run import LAYER_PRESETS
 from lyco_lab.diffusion import targets
 from lyco_lab.errors import UserError
+from lyco_lab.optimizers import OPTIMIZERS
 from lyco_lab.record import Record
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -67,7 +69,7 @@ def test_defaults_base_study_and_command_line_override_in_this_order(study, tmp_
         ["train.batch_size=7"],
     ).runs
     assert (run.train.lr, run.train.steps, run.train.batch_size) == (1e-4, 60, 7)
-    assert (run.seed, run.train.eps, run.data.concept) == (5, Train().eps, "kael")
+    assert (run.seed, run.train.init_scale, run.data.concept) == (5, 1.0, "kael")
     assert (run.name, run.study) == ("mine", "mine")
 
 
@@ -108,7 +110,7 @@ def test_variants_combine_with_the_grid_unless_they_have_their_own(study):
     loaded = study(VARIANTS)
     names = ["lora-kael", "lora-octo", "plain-kael", "plain-octo", "alone"]
     assert [run.name for run in loaded.runs] == names
-    assert loaded.runs[3].adapter == {"kind": "native", "bias": False}
+    assert loaded.runs[3].adapter == describe(ADAPTERS["native"]())
     assert loaded.runs[3].train == Train(steps=40, lr=1e-4)
     assert loaded.runs[4].data == Data(concept="arch")
     assert loaded.pairs == (("lora-kael", "lora-octo"),)
@@ -198,8 +200,10 @@ def test_base_yaml_spells_out_every_setting_with_its_default():
     spelled = {"seed": 0} | {name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()
                              if name != "data"}  # fmt: skip
     spelled["data"] = {field.name: None for field in dataclasses.fields(Data)}
-    lora = dataclasses.asdict(ADAPTERS["lora"]())
-    assert base == json.loads(json.dumps(spelled)) | {"adapter": {"kind": "lora"} | lora}
+    kinds = {"adapter": ADAPTERS["lora"](), "optimizer": OPTIMIZERS["adamw"]()}
+    for name, default in kinds.items():
+        spelled[name] = {"kind": type(default).__name__.lower()} | dataclasses.asdict(default)
+    assert base == json.loads(json.dumps(spelled))
 
 
 def test_the_presets_are_those_that_exist():
@@ -222,16 +226,9 @@ def test_the_pairs_of_the_demo_are_rewritten_as_the_theorem_says():
     assert demo.pairs
     for first, second in demo.pairs:
         original, folded = demo.run(first), demo.run(second)
-        adapter, shape = original.adapter_value(), (96, 96)
-        factor = adapter.gamma(shape)
-        assert factor != 1 and folded.adapter_value().gamma(shape) == 1
-        assert gamma.is_power_of_two(gamma.scale(factor, adapter.degree(shape)))
-        keys = ("init_scale", "lr", "eps", "weight_decay", "grad_clip")
-        hyper = {key: getattr(original.train, key) for key in keys}
-        expected = gamma.rewrite(factor, adapter.degree(shape), original.train.optimizer, hyper)
-        assert folded.train == dataclasses.replace(original.train, **dataclasses.asdict(expected))
-        same = {"name": first, "adapter": original.adapter, "train": original.train}
-        assert dataclasses.replace(folded, **same) == original
+        rewritten = gamma.rewrite(original)
+        assert dataclasses.replace(rewritten, name=second) == folded != original
+        assert gamma.equivalent(original, folded).bitwise
 
 
 # What names a run
@@ -272,11 +269,14 @@ def test_the_hash_sees_everything_else(change):
 )
 def test_a_run_survives_the_way_to_its_folder_and_back(tmp_path_factory, lr, folder, betas):
     root = tmp_path_factory.mktemp("runs")
-    run = a_run(data=Data(folder=folder), train=Train(lr=lr, betas=betas))
+    optimizer = {"kind": "adamw", "betas": betas}
+    groups = (Group(factors=("b_*",), lr=lr, optimizer={"eps": 2.0}),)
+    run = a_run(data=Data(folder=folder), optimizer=optimizer, train=Train(lr=lr, groups=groups))
     path = Record.open(root, run).path
     assert Record.open(root, run).path == path  # its config.yaml reads as what it was
     read = read_yaml(path / "config.yaml") if "${" not in folder else run.to_dict()
-    assert read["train"] == run.to_dict()["train"]
+    for section in ("train", "optimizer"):
+        assert read[section] == run.to_dict()[section]
 
 
 @pytest.mark.parametrize(
@@ -311,8 +311,8 @@ def test_words_that_yaml_would_read_as_something_else_come_back(tmp_path, text):
         ("train.steps=null", ["train.steps is None", "a whole number"]),
         ("train.lr=fast", ["train.lr is 'fast'", "a number"]),
         ("train.grad_clip=x", ["a number or null"]),
-        ("train.betas=[0.9]", ["train.betas is [0.9]", "a list of two numbers"]),
-        ("train.betas=0.9", ["a list of two numbers"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas is [0.9]", "a list of two numbers"]),
+        ("optimizer.betas=0.9", ["a list of two numbers"]),
         ("generate.types=train", ["generate.types is 'train'", "a list of words"]),
         ("data.concept=no", ["data.concept is False", "text"]),
         ("data.concept=12:30:45", ["data.concept is 45045", "text"]),
@@ -321,6 +321,12 @@ def test_words_that_yaml_would_read_as_something_else_come_back(tmp_path, text):
         ("train.lr", ["'train.lr' is not a setting", "key=value"]),
         ("=3", ["is not a setting"]),
         ("train.lr=[", ["'train.lr=['", "the command line"]),
+        ("train.weight_decay=0.1", ["did you mean 'optimizer.weight_decay'?"]),
+        ("train.groups=3", ["train.groups is 3", "a list of groups"]),
+        ("train.groups=[{lrr: 2}]", ["group 1 of train.groups", "'lrr'", "did you mean 'lr'?"]),
+        ("train.groups=[{lr: fast}]", ["train.groups[1].lr is 'fast'", "a number"]),
+        ("train.groups=[{layers: unet}]", ["train.groups[1].layers", "a list of words"]),
+        ("train.groups=[{optimizer: 2}]", ["train.groups[1].optimizer", "names with numbers"]),
     ],
 )
 def test_unknown_keys_and_wrong_types(refused, word, parts):
@@ -338,7 +344,8 @@ def test_unknown_keys_and_wrong_types(refused, word, parts):
         ("adapter.kind=lorra", "did you mean 'lora'?"),
         ("adapter.kind=null", "adapter.kind is None"),
         ("adapter.rank=0", "rank"),
-        ("train.optimizer=adam", "did you mean 'adamw'?"),
+        ("optimizer.kind=adamv", "did you mean 'adam"),
+        ("optimizer.kind=null", "optimizer.kind is None"),
         ("generate.types=[trian]", "did you mean 'train'?"),
         ("generate.types=[train, train]", "distinct"),
         ("generate.types=[]", "distinct"),
@@ -353,9 +360,12 @@ def test_unknown_keys_and_wrong_types(refused, word, parts):
         ("train.lr=0", "train.lr is 0"),
         ("train.lr=.nan", "train.lr is nan"),
         ("train.lr=.inf", "train.lr is inf"),
-        ("train.eps=0", "train.eps is 0"),
-        ("train.weight_decay=-1", "train.weight_decay is -1"),
-        ("train.betas=[0.9, 1.0]", "two numbers in [0, 1)"),
+        ("optimizer.weight_decay=-1", "adamw needs weight_decay >= 0, got -1"),
+        ("optimizer.betas=[0.9, 1.0]", "adamw needs betas >= 0 and < 1, got (0.9, 1.0)"),
+        ("optimizer.momentum=0.9", "'adamw' has no 'momentum'; it takes betas"),
+        ("train.groups=[{lr: 0}]", "lr of a group is 0"),
+        ("train.groups=[{layers: []}]", "a group needs patterns"),
+        ("train.groups=[{optimizer: {momentum: 2}}]", "for 'adamw' that can be eps, weight_decay"),
         ("train.grad_clip=0", "train.grad_clip is 0"),
         ("train.ema_decay=1", "train.ema_decay is 1"),
         ("train.caption_dropout=1.5", "train.caption_dropout is 1.5"),
@@ -366,7 +376,6 @@ def test_unknown_keys_and_wrong_types(refused, word, parts):
         ("train.warmup_steps=-1", "train.warmup_steps is -1"),
         ("train.sample_every=301", "no sample is drawn"),
         ("train.text_encoder_lr=1e-4", "model.text_encoder is false"),
-        ("train.momentum=0.9", "'adamw' does not use it"),
         ("data.folder=x", "exactly one of data.concept and data.folder"),
         ("data.concept=null", "exactly one of data.concept and data.folder"),
         ("generate.images_per_type=0", "generate.images_per_type is 0"),
@@ -378,9 +387,9 @@ def test_values_and_combinations_that_cannot_work(refused, word, part):
     assert part in refused(overrides=[word])
 
 
-@pytest.mark.parametrize("word", ["train.betas=[0.8, 0.9]", "train.eps=1e-6"])
-def test_settings_of_the_other_optimizer_do_nothing_and_are_refused(refused, word):
-    assert "'sgd' does not use it" in refused(overrides=["train.optimizer=sgd", word])
+@pytest.mark.parametrize("word", ["optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-6"])
+def test_settings_of_another_optimizer_are_refused(refused, word):
+    assert "'sgd' has no" in refused(overrides=["optimizer.kind=sgd", word])
 
 
 def test_a_setting_twice_on_the_command_line(refused):

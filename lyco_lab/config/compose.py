@@ -1,8 +1,8 @@
 """Defaults <- base.yaml <- study.yaml <- command line, one layer at a time.
 
 Each layer is a nested mapping that knows where it came from, so an error can say so. Layers merge
-key by key and lists are replaced; a layer that changes `adapter.kind` replaces the whole adapter
-section, since the fields of the former kind mean nothing to the new one.
+key by key and lists are replaced; a layer that changes the kind of adapter or of optimizer replaces
+that whole section, since the fields of the former kind mean nothing to the new one.
 """
 
 import functools
@@ -17,28 +17,36 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lyco_lab import adapters
-from lyco_lab.adapters import ADAPTERS
-from lyco_lab.config.run import DEFAULT_ADAPTER, Run
+from lyco_lab import adapters, optimizers
+from lyco_lab.config.groups import Group
+from lyco_lab.config.run import DEFAULT_ADAPTER, DEFAULT_OPTIMIZER, Run
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.kinds import Family
 
 Nested = dict[str, Any]
 SECTIONS: dict[str, type] = {
     spec.name: typing.cast(type, spec.type) for spec in fields(Run) if is_dataclass(spec.type)
 }
-ADAPTER_KEYS = {"kind", *(spec.name for cls in ADAPTERS.values() for spec in fields(cls))}
+# The sections that hold a kind and its fields.
+FAMILIES: dict[str, Family[Any]] = {"adapter": adapters.FAMILY, "optimizer": optimizers.FAMILY}
+DEFAULTS: dict[str, Nested] = {"adapter": DEFAULT_ADAPTER, "optimizer": DEFAULT_OPTIMIZER}
+FAMILY_KEYS = {
+    name: {"kind", *(spec.name for cls in family.kinds.values() for spec in fields(cls))}
+    for name, family in FAMILIES.items()
+}
 KEYS = (
     "seed",
     *(f"{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields(cls)),
-    *(f"adapter.{key}" for key in sorted(ADAPTER_KEYS)),
+    *(f"{name}.{key}" for name, keys in FAMILY_KEYS.items() for key in sorted(keys)),
 )
-WRAPPING = {  # fields that hold an adapter of their own
-    spec.name
-    for cls in ADAPTERS.values()
+INNER_KEYS = tuple(  # of the things that things hold
+    f"{name}.{spec.name}.{key}"
+    for name, family in FAMILIES.items()
+    for cls in family.kinds.values()
     for spec in fields(cls)
-    if adapters.FAMILY.holds(cls, spec.name)
-}
-INNER_KEYS = tuple(f"adapter.{name}.{key}" for name in WRAPPING for key in sorted(ADAPTER_KEYS))
+    if family.holds(cls, spec.name)
+    for key in sorted(FAMILY_KEYS[name])
+)
 
 
 @dataclass(frozen=True)
@@ -110,19 +118,21 @@ def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
     """The run that results from `layers`, the last one winning."""
     merged: Nested = {}
     typed: Nested = {}
-    loose: dict[str, str] = {}  # adapter settings given without a kind, and where
+    # Settings of an adapter or optimizer that were given without its kind, and where.
+    loose: dict[str, dict[str, str]] = {name: {} for name in FAMILIES}
     for layer in layers:
         values = nest(layer.values, layer.origin)
         check_keys(values, layer.origin)
-        section = values.get("adapter", {})
-        if "kind" not in section:
-            loose |= dict.fromkeys(section, layer.origin)
-        elif loose and _kind(section) != _kind(merged.get("adapter", {})):
-            key, origin = loose.popitem()
-            raise UserError(
-                f"adapter.{key} in {origin} would be lost, as {layer.origin} changes the kind to "
-                f"{section['kind']!r}: give it together with its kind"
-            )
+        for family, given in loose.items():
+            section = values.get(family, {})
+            if "kind" not in section:
+                given |= dict.fromkeys(section, layer.origin)
+            elif given and _kind(section, family) != _kind(merged.get(family, {}), family):
+                key, origin = given.popitem()
+                raise UserError(
+                    f"{family}.{key} in {origin} would be lost, as {layer.origin} changes the kind "
+                    f"to {section['kind']!r}: give it together with its kind"
+                )
         merged = _merge(merged, values)
         typed = _typed(merged, layer.origin)
     sections = {key: cls(**typed.pop(key, {})) for key, cls in SECTIONS.items()}
@@ -131,7 +141,7 @@ def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
 
 def check_keys(values: Nested, origin: str) -> None:
     """Every key exists. Which of them suits the adapter's kind is known only after merging."""
-    for key in (*SECTIONS, "adapter"):
+    for key in (*SECTIONS, *FAMILIES):
         if key in values and not (isinstance(values[key], dict) and values[key]):
             raise UserError(f"{key} is {values[key]!r} in {origin}, needs keys of its own")
     for path in _paths(values):
@@ -155,19 +165,19 @@ def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _merge(below: Nested, above: Nested) -> Nested:
+def _merge(below: Nested, above: Nested, family: str = "") -> Nested:
     merged = dict(below)
     for key, value in above.items():
-        old = merged.get(key)
+        old, within = merged.get(key), family or (key if key in FAMILIES else "")
         if isinstance(old, dict) and isinstance(value, dict):
-            changes_kind = "kind" in value and _kind(value) != _kind(old)
-            value = value if changes_kind else _merge(old, value)
+            changes_kind = "kind" in value and _kind(value, within) != _kind(old, within)
+            value = value if changes_kind else _merge(old, value, within)
         merged[key] = value
     return merged
 
 
-def _kind(section: Nested) -> str:
-    return str(section.get("kind", DEFAULT_ADAPTER["kind"])).lower()
+def _kind(section: Nested, family: str) -> str:
+    return str(section.get("kind", DEFAULTS[family]["kind"])).lower()
 
 
 def _typed(merged: Nested, origin: str) -> Nested:
@@ -179,8 +189,8 @@ def _typed(merged: Nested, origin: str) -> Nested:
     resolved = typing.cast(Nested, plain)
     typed: Nested = {}
     for key, value in resolved.items():
-        if key == "adapter":
-            typed[key] = _adapter(value, origin)
+        if key in FAMILIES:
+            typed[key] = _thing(key, value, origin)
         elif key in SECTIONS:
             typed[key] = _section(f"{key}.", value, SECTIONS[key], origin)
         else:
@@ -188,20 +198,23 @@ def _typed(merged: Nested, origin: str) -> Nested:
     return typed
 
 
-def _adapter(section: Nested, origin: str, where: str = "adapter") -> Nested:
-    section = {**DEFAULT_ADAPTER, **section}
+def _thing(family: str, section: Nested, origin: str, where: str = "") -> Nested:
+    """A section with a kind, in the types of that kind; `where` is what errors call it."""
+    where = where or family
+    section = {**DEFAULTS[family], **section}
+    kinds = FAMILIES[family]
     try:
-        cls = adapters.FAMILY.class_of(section, where)
+        cls = kinds.class_of(section, where)
     except UserError as error:
         raise UserError(f"{error}, in {origin}") from error
     options: Nested = {key: value for key, value in section.items() if key != "kind"}
-    adapters.FAMILY.check_fields(cls, options, where, origin)
+    kinds.check_fields(cls, options, where, origin)
     within: Nested = {}
-    for key in [key for key in options if adapters.FAMILY.holds(cls, key)]:
+    for key in [key for key in options if kinds.holds(cls, key)]:
         value: Any = options.pop(key)
         if not (isinstance(value, dict) and value):
             raise UserError(f"{where}.{key} is {value!r} in {origin}, needs keys of its own")
-        within[key] = _adapter(value, origin, f"{where}.{key}")
+        within[key] = _thing(family, value, origin, f"{where}.{key}")
     typed = _section(f"{where}.", options, cls, origin)
     return {"kind": cls.__name__.lower(), **within, **typed}
 
@@ -212,6 +225,9 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
     hints = typing.get_type_hints(cls)
     typed: Nested = {}
     for key, value in values.items():
+        if hints[key] == tuple[Group, ...]:
+            typed[key] = _groups(f"{prefix}{key}", value, origin)
+            continue
         allowed = _alternatives(hints[key])
         wrong = UserError(f"{prefix}{key} is {value!r} in {origin}, needs {_words(allowed)}")
         # OmegaConf would turn numbers into text and 1 into true. YAML reads a bare `no` or `on`
@@ -223,8 +239,27 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
             OmegaConf.update(schema, key, tuple(value) if isinstance(value, list) else value)
         except (OmegaConfBaseException, TypeError) as error:
             raise wrong from error
-        typed[key] = tuple(schema[key]) if isinstance(value, list) else schema[key]
+        found = schema[key]
+        if OmegaConf.is_config(found):
+            found = OmegaConf.to_container(found)
+        typed[key] = tuple(found) if isinstance(value, list) else found
     return typed
+
+
+def _groups(where: str, value: Any, origin: str) -> tuple[Group, ...]:
+    if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
+        raise UserError(f"{where} is {value!r} in {origin}, needs a list of groups, each with keys")
+    known, groups = [spec.name for spec in fields(Group)], []
+    for number, entry in enumerate(value, start=1):
+        for key in entry:
+            if key not in known:
+                takes = f"it takes {', '.join(known)}"
+                raise UserError(
+                    f"group {number} of {where} in {origin} has no {key!r}; {takes}"
+                    f"{nearest(str(key), known)}"
+                )
+        groups.append(Group(**_section(f"{where}[{number}].", entry, Group, origin)))
+    return tuple(groups)
 
 
 @functools.cache
@@ -243,7 +278,7 @@ def _words(allowed: tuple[Any, ...]) -> str:
     """Types in the user's words."""
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     words |= {type(None): "null", tuple[float, float]: "a list of two numbers"}
-    words |= {tuple[str, ...]: "a list of words"}
+    words |= {tuple[str, ...]: "a list of words", dict[str, float]: "names with numbers"}
     return " or ".join(words.get(kind, str(kind)) for kind in allowed)
 
 

@@ -11,18 +11,20 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from lyco_lab import adapters, record
+from lyco_lab import adapters, optimizers, record
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.options import Options
+from lyco_lab.config.groups import Group
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.optimizers.base import Optimizer
 
 PRECISIONS = ("fp32", "bf16")
 LAYER_PRESETS = ("attn-only", "attn-mlp", "full")
-OPTIMIZERS = ("adamw", "sgd")
 PROMPT_TYPES = ("train", "trigger", "alter", "style")
 TRIGGER_RULES = ("drop", "keep", "class")
 WANDB_MODES = ("offline", "online", "disabled")
 DEFAULT_ADAPTER = {"kind": "lora"}
+DEFAULT_OPTIMIZER = {"kind": "adamw"}
 
 
 def need(condition: bool, key: str, value: object, needed: str) -> None:
@@ -78,31 +80,22 @@ class Data:
 class Train:
     steps: int = 300
     batch_size: int = 4
-    optimizer: str = "adamw"
     lr: float = 1e-3
     text_encoder_lr: float | None = None
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    momentum: float = 0.0
     warmup_steps: int = 20
     grad_clip: float | None = 1.0
     ema_decay: float | None = None
     caption_dropout: float = 0.05
     init_scale: float = 1.0
+    groups: tuple[Group, ...] = ()
     checkpoint_every: int = 100
     sample_every: int | None = None
 
     def __post_init__(self) -> None:
-        choose("train.optimizer", self.optimizer, OPTIMIZERS)
         for key in ("steps", "batch_size", "checkpoint_every", "sample_every"):
             at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("lr", "text_encoder_lr", "eps", "grad_clip", "init_scale"):
+        for key in ("lr", "text_encoder_lr", "grad_clip", "init_scale"):
             positive(f"train.{key}", getattr(self, key))
-        at_least("train.weight_decay", self.weight_decay, 0)
-        for beta in self.betas:
-            need(0 <= beta < 1, "train.betas", self.betas, "two numbers in [0, 1)")
-        need(0 <= self.momentum < 1, "train.momentum", self.momentum, "a number in [0, 1)")
         dropout, decay = self.caption_dropout, self.ema_decay
         need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
         need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
@@ -111,17 +104,11 @@ class Train:
         if self.sample_every is not None:
             needed = f"null or at most steps = {self.steps}, else no sample is drawn"
             need(self.sample_every <= self.steps, "train.sample_every", self.sample_every, needed)
-        self._refuse_settings_of_the_other_optimizer()
 
-    def _refuse_settings_of_the_other_optimizer(self) -> None:
-        unused = ("momentum",) if self.optimizer == "adamw" else ("betas", "eps")
-        for spec in dataclasses.fields(self):
-            given = getattr(self, spec.name)
-            if spec.name in unused and given != spec.default:
-                raise UserError(
-                    f"train.{spec.name} is {given!r}, but the optimizer {self.optimizer!r} does "
-                    f"not use it: leave it at {spec.default!r}"
-                )
+    def rate(self, part: str) -> float:
+        """The learning rate of a part of the model, before its schedule."""
+        own = self.text_encoder_lr if part == "text_encoder" else None
+        return self.lr if own is None else own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +160,7 @@ class Run:
     data: Data
     adapter: dict[str, Any] = field(default_factory=DEFAULT_ADAPTER.copy)
     options: Options = Options()
+    optimizer: dict[str, Any] = field(default_factory=DEFAULT_OPTIMIZER.copy)
     train: Train = Train()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
@@ -192,10 +180,30 @@ class Run:
         # Spelled out in full, so that leaving a field at its default and giving the default by
         # hand are the same run.
         object.__setattr__(self, "adapter", adapters.describe(self.adapter_value()))
+        rule = self.optimizer_value()
+        object.__setattr__(self, "optimizer", optimizers.describe(rule))
+        for group in self.train.groups:
+            for name in group.optimizer:
+                if name not in rule.powers:
+                    known = [key for key in rule.powers if key != "lr"]
+                    raise UserError(
+                        f"a group of train.groups multiplies optimizer.{name}: for "
+                        f"{self.optimizer['kind']!r} that can be {', '.join(known) or 'nothing'}"
+                        f"{nearest(name, known)}"
+                    )
+        if rule.averages and self.train.ema_decay is not None:
+            raise UserError(
+                f"train.ema_decay is {self.train.ema_decay!r}, but the optimizer "
+                f"{self.optimizer['kind']!r} averages the factors itself: use one of them"
+            )
 
     def adapter_value(self) -> Adapter:
         """The adapter this run trains."""
         return adapters.build(self.adapter)
+
+    def optimizer_value(self) -> Optimizer:
+        """The optimizer that moves its factors."""
+        return optimizers.build(self.optimizer)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as config.yaml holds them."""

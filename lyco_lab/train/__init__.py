@@ -2,7 +2,7 @@
 
     stage.py       the stage itself: load, cache, mount, fit, export
     module.py      the LightningModule: the diffusion loss and one step of the optimizer
-    optimizer.py   AdamW and SGD, the schedule, clipping, the average of the factors
+    optimizer.py   groups of factors, the schedule, clipping, the average of the factors
     callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
     checkpoint.py  the state of a run on disk
     journal.py     train/metrics.csv

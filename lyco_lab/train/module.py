@@ -10,7 +10,7 @@ is in, and so is the loss.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as lightning
 import torch
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from lyco_lab.adapters.mount import Mounted
 from lyco_lab.config import Train
+from lyco_lab.config.groups import check
 from lyco_lab.data.batches import Batch
 from lyco_lab.diffusion.model import Diffusion
+from lyco_lab.optimizers.base import Optimizer
 from lyco_lab.train import guard, optimizer
 from lyco_lab.train.checkpoint import State
 
@@ -29,16 +31,30 @@ class Training(lightning.LightningModule):
     """Adapters mounted on a model, and how a batch moves them."""
 
     def __init__(
-        self, diffusion: Diffusion, mounted: Mapping[str, Mounted], settings: Train
+        self,
+        diffusion: Diffusion,
+        mounted: Mapping[str, Mounted],
+        settings: Train,
+        rule: Optimizer,
     ) -> None:
         super().__init__()
         self.diffusion = diffusion
         self.mounted = dict(mounted)
         self.settings = settings
+        self.rule = rule
         self.models = nn.ModuleDict(diffusion.parts)  # for Lightning to see the parameters
         self.computing = diffusion.unet.dtype  # diffusers looks through all modules each time
-        groups = {part: m.parameters() for part, m in self.mounted.items()}
-        self.optimizer = optimizer.build(settings, groups)
+        factors = [
+            optimizer.Factor(part, layer, name, cast(nn.Parameter, factor))
+            for part, m in self.mounted.items()
+            for layer in m.layers
+            for name, factor in m.factors(layer).items()
+        ]
+        check(settings.groups, [factor.place for factor in factors])
+        trained = [factor for factor in factors if factor.parameter.requires_grad]
+        self.trained = [factor.parameter for factor in trained]
+        self.clip_weights = optimizer.weights(settings, trained)
+        self.optimizer = optimizer.build(settings, rule, trained)
         decay = settings.ema_decay
         self.average = None if decay is None else optimizer.Average(self.factors(), decay)
         self.row: dict[str, float | None] = {}  # the current step's, filled as it proceeds
@@ -58,12 +74,14 @@ class Training(lightning.LightningModule):
         for mounted in self.mounted.values():
             mounted.train()
             mounted.step = batch.step  # what is dropped depends on it, also after an interruption
-        optimizer.set_rates(self.optimizer, batch.step, self.settings.warmup_steps)
-        rates = optimizer.rates(self.optimizer)
+        share = optimizer.share(batch.step, self.settings.warmup_steps)
+        share *= self.rule.rate(batch.step)
+        optimizer.set_rates(self.optimizer, share)
+        text = self.settings.rate("text_encoder") if "text_encoder" in self.mounted else None
         self.row = {
             "step": batch.step + 1,
-            "lr": rates["unet"],
-            "lr_text_encoder": rates.get("text_encoder"),
+            "lr": self.settings.rate("unet") * share,
+            "lr_text_encoder": None if text is None else text * share,
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -96,7 +114,7 @@ class Training(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning's place for this, between the backward pass and the optimizer's step."""
-        norm = optimizer.clip(self.optimizer, self.settings.grad_clip)
+        norm = optimizer.clip(self.trained, self.settings.grad_clip, self.clip_weights)
         if not math.isfinite(norm):
             raise self.not_finite(f"the norm of the gradients is {norm}")
         self.row["grad_norm"] = norm
@@ -135,6 +153,17 @@ class Training(lightning.LightningModule):
     @contextmanager
     def exported(self) -> Iterator[None]:
         """The factors as they are to be used: their average, where one is kept."""
+        if self.rule.averages:
+            averaging: Any = self.optimizer
+            kept = [factor.detach().clone() for factor in self.trained]
+            averaging.eval()
+            try:
+                yield
+            finally:
+                averaging.train()
+                # There and back is rounded twice, and looking must not disturb the run.
+                torch._foreach_copy_(list[Tensor](self.trained), kept)
+            return
         if self.average is None:
             yield
             return

@@ -1,66 +1,94 @@
-"""What moves the factors: AdamW or SGD, a warm-up, clipping, and an average of where they were.
+"""How an optimizer moves factors: groups, a warm-up, clipping, and an average of where they were.
 
     lr_n     = lr * min(1, (n + 1) / warmup_steps)              at step n = 0, 1, …
-    g       <- g * min(1, grad_clip / |g|)                      |g| over all factors together
+    g       <- g * min(1, grad_clip / |w g|)                    |.| over all factors together
     average <- average + (1 - ema_decay) * (factor - average)   after the step
 
-Each commutes with scaling the factors by a power of two, which the bitwise check of the gamma
-theorem needs. That is why clipping is written here: torch's adds 1e-6 to the norm.
+w is 1, unless a group of the run says otherwise (`clip`). Each commutes with scaling the factors by
+a power of two, which the bitwise check of the gamma theorem needs. That is why clipping is written
+here: torch's adds 1e-6 to the norm.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lyco_lab.config import Train
+from lyco_lab.config.groups import group_of
+from lyco_lab.optimizers.base import Group, Optimizer
 
 
-def build(settings: Train, groups: Mapping[str, Sequence[nn.Parameter]]) -> torch.optim.Optimizer:
-    """The optimizer, with a group for each part of the model."""
-    text_lr = settings.lr if settings.text_encoder_lr is None else settings.text_encoder_lr
-    listed: list[dict[str, Any]] = [
-        {
-            "params": list(parameters),
-            "lr": text_lr if part == "text_encoder" else settings.lr,
-            "name": part,
-        }
-        for part, parameters in groups.items()
-    ]
-    for group in listed:
-        group["base_lr"] = group["lr"]  # `lr` follows the schedule
-    # Fused: one call for hundreds of small factors.
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            listed, momentum=settings.momentum, weight_decay=settings.weight_decay, fused=True
+@dataclass(frozen=True)
+class Factor:
+    """A factor that trains, and where it stands."""
+
+    part: str  # of the model: unet, text_encoder
+    layer: str
+    name: str
+    parameter: nn.Parameter
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The layer and the factor, as patterns of a run's groups see them."""
+        return f"{self.part}.{self.layer}", self.name
+
+
+def build(settings: Train, rule: Optimizer, factors: Sequence[Factor]) -> torch.optim.Optimizer:
+    """The optimizer, with a group for each part of the model and each group of the run."""
+    together: dict[tuple[str, int], list[Factor]] = {}
+    held = {id(group): number for number, group in enumerate(settings.groups, start=1)}
+    for factor in factors:
+        number = held.get(id(group_of(settings.groups, *factor.place)), 0)
+        together.setdefault((factor.part, number), []).append(factor)
+    groups = []
+    for (part, number), members in together.items():
+        own = group_of(settings.groups, *members[0].place)
+        groups.append(
+            Group(
+                name=f"{part}, group {number}" if number else part,
+                parameters=[member.parameter for member in members],
+                lr=settings.rate(part) * own.lr,
+                rule=rule.moved(own.optimizer),
+            )
         )
-    return torch.optim.AdamW(
-        listed,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+    optimizer = rule.build(groups)
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]  # `lr` follows the schedule
+    return optimizer
 
 
-def set_rates(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:
-    """Give each group its learning rate at step 0, 1, …"""
-    share = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+def weights(settings: Train, factors: Sequence[Factor]) -> list[float]:
+    """What weighs the gradients of each factor in the norm that is clipped."""
+    return [group_of(settings.groups, *factor.place).clip for factor in factors]
+
+
+def share(step: int, warmup_steps: int) -> float:
+    """Of the learning rate, at step 0, 1, …"""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
+
+
+def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Give each group this share of its learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * share
 
 
-def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    return {group["name"]: group["lr"] for group in optimizer.param_groups}
-
-
 @torch.no_grad()
-def clip(optimizer: torch.optim.Optimizer, largest: float | None) -> float:
-    """Scale all gradients down together if their norm exceeds `largest`; return what it was."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
+def clip(
+    parameters: Sequence[nn.Parameter], largest: float | None, weights: Sequence[float]
+) -> float:
+    """Scale all gradients down together if their weighed norm exceeds `largest`; return that.
+
+    The parameters come in the model's order, so that the sum does not depend on the groups.
+    """
+    pairs = [(p.grad, w) for p, w in zip(parameters, weights, strict=True) if p.grad is not None]
+    gradients = [gradient for gradient, _ in pairs]
+    norms = list(torch._foreach_norm(gradients))
+    if any(weight != 1 for _, weight in pairs):
+        norms = [norm * weight for norm, (_, weight) in zip(norms, pairs, strict=True)]
+    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
     if largest is not None and norm > largest:
         torch._foreach_mul_(gradients, largest / norm)
     return norm

@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.config import Run
+from lyco_lab.config.groups import group_of
 from lyco_lab.data import cache
 from lyco_lab.data.batches import Batches, Order
 from lyco_lab.data.folder import Dataset
@@ -53,7 +55,7 @@ def train(run: Run, record: Record) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     diffusion = load(model_folder(run.model.path), DTYPES[run.model.precision]).to(device)
     mounted = mount(run, diffusion)
-    module = Training(diffusion, mounted, run.train)
+    module = Training(diffusion, mounted, run.train, run.optimizer_value())
     folder = record.path / STAGE
     checkpoints = Checkpoints(folder / "checkpoints")
     state = checkpoints.latest(rows_of(folder / "metrics.csv"))
@@ -110,9 +112,13 @@ def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
             seed=run.seed,
             options=run.options,
             overrides=targets.fitting(model, adapter, names),
-            init_scale=run.train.init_scale,
+            init_scale=partial(_init_scale, run, part),
         )
     return mounted
+
+
+def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
+    return run.train.init_scale * group_of(run.train.groups, f"{part}.{layer}", factor).init_scale
 
 
 def fit(
@@ -158,7 +164,7 @@ def fit(
 
 def metadata(run: Run, images: Dataset) -> dict[str, str]:
     """What the adapter file says of its training; no dates, so equal factors are equal files."""
-    settings = run.train
+    settings, plain = run.train, run.to_dict()
     epochs = settings.steps * settings.batch_size / images.samples_per_epoch
     return {
         "ss_output_name": run.name,
@@ -166,11 +172,13 @@ def metadata(run: Run, images: Dataset) -> dict[str, str]:
         "ss_steps": str(settings.steps),
         "ss_epoch": str(math.ceil(epochs)),
         "ss_learning_rate": str(settings.lr),
-        "ss_optimizer": settings.optimizer,
+        "ss_optimizer": str(run.optimizer["kind"]),
         "ss_num_train_images": str(images.samples_per_epoch),
         "ss_sd_model_name": Path(run.model.path).name,
         "modelspec.trigger_phrase": f"{images.trigger} {images.class_word}".strip(),
-        "lyco_lab.run": json.dumps({"hash": run.hash, "train": run.to_dict()["train"]}),
+        "lyco_lab.run": json.dumps(
+            {"hash": run.hash, "optimizer": plain["optimizer"], "train": plain["train"]}
+        ),
     }
 
 

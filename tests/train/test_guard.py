@@ -78,7 +78,7 @@ def test_a_gradient_that_is_not_finite_is_named(begin, monkeypatch):
 
 
 def test_a_learning_rate_that_is_far_too_large_ends_with_advice(begin):
-    run, record = begin(optimizer="sgd", lr=1e30, grad_clip=None, steps=40)
+    run, record = begin(optimizer={"kind": "sgd"}, lr=1e30, grad_clip=None, steps=40)
     with pytest.raises(UserError, match=r"at step \d+: .* try a smaller train.lr than 1e\+30"):
         train(run, record)
 

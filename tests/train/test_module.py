@@ -22,9 +22,9 @@ def module(begin):
     def module(**settings):
         run, _ = begin(**settings)
         diffusion = load(run.model.path)
-        return Training(diffusion, mount(run, diffusion), run.train), batches_of(run, diffusion, 1)[
-            0
-        ]
+        return Training(
+            diffusion, mount(run, diffusion), run.train, run.optimizer_value()
+        ), batches_of(run, diffusion, 1)[0]
 
     return module
 
@@ -78,8 +78,8 @@ def test_a_text_encoder_that_does_not_train_gets_no_factors(module):
     "settings",
     [
         {"lr": 1e-2},
-        {"optimizer": "sgd", "lr": 10.0},
-        {"optimizer": "sgd", "lr": 1.0, "momentum": 0.9},
+        {"optimizer": {"kind": "sgd"}, "lr": 10.0},
+        {"optimizer": {"kind": "sgd", "momentum": 0.9}, "lr": 1.0},
         {"lr": 1e-2, "text_encoder": True, "text_encoder_lr": 1e-3},
         {"lr": 1e-2, "adapter": {"kind": "loha"}},
         {"lr": 1e-2, "adapter": {"kind": "lokr", "factor": 4}},
@@ -94,7 +94,7 @@ def test_training_lowers_the_loss(trained, settings):
     with (record.path / "train" / "metrics.csv").open() as file:
         losses = [float(row["loss"]) for row in csv.DictReader(file)]
     diffusion = load(run.model.path)
-    frozen = Training(diffusion, mount(run, diffusion), run.train)
+    frozen = Training(diffusion, mount(run, diffusion), run.train, run.optimizer_value())
     with torch.no_grad():
         before = [frozen.loss(batch).item() for batch in batches_of(run, diffusion, 12)]
     assert losses[0] == pytest.approx(before[0], rel=1e-2)  # bfloat16 has two digits

@@ -9,73 +9,117 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lyco_lab.config import Train
-from lyco_lab.train.optimizer import Average, build, clip, rates, set_rates
+from lyco_lab.config.groups import Group, check
+from lyco_lab.errors import UserError
+from lyco_lab.optimizers import OPTIMIZERS
+from lyco_lab.train.optimizer import Average, Factor, build, clip, set_rates, share, weights
+
+ADAMW = OPTIMIZERS["adamw"]()
 
 
-def groups(seed=0, sizes=((3, 4), (5,), (2, 2))):
+def factors(seed=0, sizes=((3, 4), (5,), (2, 2))):
+    """Two factors of the UNet and one of the text encoder, with gradients."""
     rng = torch.Generator().manual_seed(seed)
     made = [nn.Parameter(torch.randn(size, generator=rng)) for size in sizes]
     for parameter in made:
         parameter.grad = torch.randn(parameter.shape, generator=rng)
-    return {"unet": made[:2], "text_encoder": made[2:]}
+    places = [("unet", "down.0", "a_RQ"), ("unet", "down.0", "b_PR"), ("text_encoder", "q", "a_RQ")]
+    return [Factor(*place, parameter) for place, parameter in zip(places, made, strict=True)]
+
+
+def rates(optimizer):
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def clip_all(made, largest, settings=None):
+    return clip([f.parameter for f in made], largest, weights(settings or Train(), made))
 
 
 def test_the_warm_up_is_linear_then_constant():
-    optimizer = build(Train(lr=8.0, warmup_steps=4), groups())
+    optimizer = build(Train(lr=8.0, warmup_steps=4), ADAMW, factors())
     seen = []
     for step in range(7):
-        set_rates(optimizer, step, warmup_steps=4)
+        set_rates(optimizer, share(step, warmup_steps=4))
         seen.append(rates(optimizer)["unet"])
     assert seen == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0, 8.0]
-    set_rates(optimizer, 0, warmup_steps=0)
+    set_rates(optimizer, share(0, warmup_steps=0))
     assert rates(optimizer) == {"unet": 8.0, "text_encoder": 8.0}
 
 
 def test_the_text_encoder_can_have_its_own_rate():
-    optimizer = build(Train(lr=8.0, text_encoder_lr=2.0), groups())
-    set_rates(optimizer, 100, 20)
+    optimizer = build(Train(lr=8.0, text_encoder_lr=2.0), ADAMW, factors())
+    set_rates(optimizer, share(100, 20))
     assert rates(optimizer) == {"unet": 8.0, "text_encoder": 2.0}
 
 
-@given(st.integers(0, 1000), st.floats(1e-3, 1e3) | st.none())
-def test_clipping_matches_its_definition(seed, largest):
-    optimizer = build(Train(), groups(seed))
-    flat = [p for g in optimizer.param_groups for p in g["params"]]
-    before = [p.grad.clone() for p in flat]
-    norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in before))
-    assert clip(optimizer, largest) == pytest.approx(norm, rel=1e-5)
+def test_groups_multiply_and_the_last_that_matches_holds():
+    groups = (
+        Group(factors=("b_*",), lr=16.0, optimizer={"eps": 4.0}),
+        Group(layers=("text_encoder.*",), lr=0.5, clip=2.0),
+    )
+    settings = Train(lr=8.0, text_encoder_lr=2.0, groups=groups)
+    made = factors()
+    optimizer = build(settings, ADAMW, made)
+    expected = {"unet": 8.0, "unet, group 1": 128.0, "text_encoder, group 2": 1.0}
+    assert rates(optimizer) == expected
+    eps = {group["name"]: group["eps"] for group in optimizer.param_groups}
+    assert eps["unet, group 1"] == 4 * ADAMW.eps == 4 * eps["unet"]
+    assert weights(settings, made) == [1.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([Group(layers=("unet.dwn.*",), lr=2.0)], "matches no factor.*a_RQ, b_PR"),
+        ([Group(factors=("c_*",), lr=2.0)], "matches no factor"),
+        ([Group(factors=("b_*",), lr=2.0), Group(lr=3.0)], "group 1 .* decides nothing"),
+    ],
+)
+def test_a_group_that_decides_nothing_is_an_error(groups, message):
+    with pytest.raises(UserError, match=message):
+        check(groups, [factor.place for factor in factors()])
+
+
+@given(st.integers(0, 1000), st.floats(1e-3, 1e3) | st.none(), st.floats(0.25, 4.0))
+def test_clipping_matches_its_definition(seed, largest, weight):
+    made = factors(seed)
+    settings = Train(groups=(Group(factors=("b_*",), clip=weight, lr=2.0),))
+    before = [f.parameter.grad.clone() for f in made]
+    weighed = [weight if f.name == "b_PR" else 1.0 for f in made]
+    norm = math.sqrt(
+        sum(float((w * g.double()).pow(2).sum()) for w, g in zip(weighed, before, strict=True))
+    )
+    assert clip_all(made, largest, settings) == pytest.approx(norm, rel=1e-5)
     factor = 1.0 if largest is None else min(1.0, largest / norm)
-    for parameter, gradient in zip(flat, before, strict=True):
-        torch.testing.assert_close(parameter.grad, factor * gradient)
+    for f, gradient in zip(made, before, strict=True):
+        torch.testing.assert_close(f.parameter.grad, factor * gradient)
 
 
 @given(st.integers(0, 1000), st.integers(-20, 20), st.floats(1e-2, 10.0))
 def test_clipping_commutes_with_powers_of_two(seed, power, largest):
     scale = 2.0**power
-    one, other = build(Train(), groups(seed)), build(Train(), groups(seed))
-    for group in other.param_groups:
-        for parameter in group["params"]:
-            parameter.grad *= scale
-    assert clip(other, largest * scale) == scale * clip(one, largest)
-    for a, b in zip(one.param_groups, other.param_groups, strict=True):
-        for p, q in zip(a["params"], b["params"], strict=True):
-            assert torch.equal(scale * p.grad, q.grad)
+    one, other = factors(seed), factors(seed)
+    for f in other:
+        f.parameter.grad *= scale
+    assert clip_all(other, largest * scale) == scale * clip_all(one, largest)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(scale * a.parameter.grad, b.parameter.grad)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_one_step_matches_the_definition(kind):
     lr, decay = 0.1, 0.5
-    settings = Train(optimizer=kind, lr=lr, weight_decay=decay, grad_clip=None)
-    made = groups()
-    before = [p.detach().clone() for p in made["unet"]]
-    optimizer = build(settings, made)
-    set_rates(optimizer, 100, 20)
+    made, rule = factors(), OPTIMIZERS[kind](weight_decay=decay)
+    before = [f.parameter.detach().clone() for f in made]
+    optimizer = build(Train(lr=lr, grad_clip=None), rule, made)
+    set_rates(optimizer, share(100, 20))
     optimizer.step()
-    for old, new in zip(before, made["unet"], strict=True):
+    for old, factor in zip(before, made, strict=True):
+        new = factor.parameter
         if kind == "sgd":
             expected = old - lr * (new.grad + decay * old)
         else:  # the first step of Adam is a step of one, whatever the gradient's size
-            expected = old * (1 - lr * decay) - lr * new.grad / (new.grad.abs() + settings.eps)
+            expected = old * (1 - lr * decay) - lr * new.grad / (new.grad.abs() + rule.eps)
         torch.testing.assert_close(new.detach(), expected)
 
 

@@ -71,7 +71,7 @@ def kill_when(number, record, rows, more_s):
     [
         {},
         {"ema_decay": 0.7, "text_encoder": True},
-        {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1},
+        {"optimizer": {"kind": "sgd", "momentum": 0.9}, "lr": 0.1},
     ],
     ids=["plain", "average-and-text-encoder", "momentum"],
 )
