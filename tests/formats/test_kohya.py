@@ -57,6 +57,9 @@ OTHERS = [
     IA3(),
     IA3(on_input=True),
     TLoRA(rank=3, alpha=2.0),
+    Native(alpha=0.25, bias=True),
+    IA3(alpha=0.25),
+    LoKr(factor=2, full_alpha=0.25),
 ]
 every_example = pytest.mark.parametrize("adapter", EXAMPLES, ids=str)
 

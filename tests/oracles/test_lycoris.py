@@ -53,7 +53,9 @@ NORMS = ["layer norm", "group norm"]
 
 def random_module(cls: type, layer: nn.Module, **settings) -> nn.Module:
     """A module of LyCORIS for the layer, all that it trains random."""
-    module = cls("lora_unet_layer", layer, 1.0, **settings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        module = cls("lora_unet_layer", layer, 1.0, **settings)
     rng = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -239,6 +241,7 @@ READ: Mapping[Adapter, list[str]] = {
     LoHa(3, 2.0, rank_stabilised=True): ["linear", "conv"],
     LoKr(99, factor=2): MATRICES,
     LoKr(99, factor=2, rank_stabilised=True): ["linear", "conv"],
+    LoKr(99, factor=2, full_alpha=0.3): ["linear", "conv"],
     LoKr(1, 3.0, factor=2): MATRICES,
     LoKr(1, 3.0, factor=4, decompose_both=True): MATRICES,
     DoRA(LoRA(3, 2.0)): MATRICES,
@@ -248,7 +251,9 @@ READ: Mapping[Adapter, list[str]] = {
     GLoRA(3, 2.0, rank_stabilised=True): ["linear", "conv"],
     Native(): MATRICES,
     Native(bias=True): MATRICES,
+    Native(alpha=0.3): ["linear", "conv"],
     Norm(): NORMS,
+    Norm(alpha=0.3): NORMS,
     OFT(4): MATRICES,
     OFT(4, constraint=0.01): ["linear", "conv"],
     OFT(4, rescaled=True): ["linear", "conv"],
