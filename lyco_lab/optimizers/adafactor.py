@@ -39,9 +39,8 @@ class Adafactor(Optimizer):
     powers: ClassVar = {"eps2": 1}
 
     def __post_init__(self) -> None:
-        self.check(eps2=(0, float("inf")), d=(0, float("inf")), weight_decay=(0, float("inf")))
-        if not -float("inf") < self.beta2_decay < 0:
-            self.refuse(f"needs beta2_decay < 0, got {self.beta2_decay}")
+        most = float("inf")
+        self.check(eps2=(0, most), beta2_decay=(-most, 0), d=(0, most), weight_decay=(0, most))
         if self.d == 0:
             self.refuse("needs d > 0, got 0")
 

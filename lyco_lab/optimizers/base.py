@@ -121,8 +121,10 @@ class Optimizer(abc.ABC):
                 what = f"{size} numbers" if size > 1 else "a number"
                 self.refuse(f"needs {name} to be {what}, got {value!r}")
             if not all(math.isfinite(n) and low <= n < high for n in numbers):
-                upper = "" if math.isinf(high) else f" and < {high:g}"
-                self.refuse(f"needs {name} >= {low:g}{upper}, got {value}")
+                lower = [] if math.isinf(low) else [f">= {low:g}"]
+                upper = [] if math.isinf(high) else [f"< {high:g}"]
+                need = " and ".join(lower + upper) or "finite"
+                self.refuse(f"needs {name} {need}, got {value}")
 
     @final
     def package(self, module: str, distribution: str) -> ModuleType:
