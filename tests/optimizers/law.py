@@ -6,6 +6,7 @@ values and signs all have something to follow.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lyco_lab.errors import UserError
 from lyco_lab.optimizers.base import Group, Optimizer
 
-STEPS = 24
+STEPS = 20
 
 # By a field's name, or its optimizer's and its own, values at which it matters here, the first of
 # them together with the first of all others. A field that is not named keeps its default.
@@ -111,17 +112,18 @@ class Walk:
     ) -> None:
         self.rules, self.lrs, self.scales, self.dtype = rules, lrs, scales, dtype
         self.groups: list[list[nn.Parameter]] = []
-        self.targets: list[list[Tensor]] = []
+        self.targets: list[Tensor] = []
         for name, rule, s in zip(names, rules, scales, strict=False):
             rng = torch.Generator().manual_seed(seed + ord(name))
             free = [nn.Parameter(torch.zeros(shape)) for shape in self.SHAPES]
             taken = [p.shape for p in free if not rule.accepts(p)]
 
-            def normal(shape: torch.Size, rng: torch.Generator = rng) -> Tensor:
+            def normal(*shape: int, rng: torch.Generator = rng) -> Tensor:
                 return torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
 
-            self.groups.append([nn.Parameter(s * normal(shape)) for shape in taken])
-            self.targets.append([normal(shape) for shape in taken])
+            group = [nn.Parameter(s * normal(*shape)) for shape in taken]
+            self.groups.append(group)
+            self.targets.append(normal(sum(p.numel() for p in group)))
         listed = [
             Group(name, parameters, lr, rule)
             for name, parameters, lr, rule in zip(names, self.groups, lrs, rules, strict=False)
@@ -137,21 +139,21 @@ class Walk:
         return self
 
     def step(self, step: int) -> None:
-        loudness = 0.3 * (1 + 0.8 * torch.sin(torch.tensor(1.3 * step, dtype=torch.float64)).item())
-        for number, s in enumerate(self.scales):
-            group = self.optimizer.param_groups[number]
-            warm_up = min(1.0, (step + 1) / 8)
-            group["lr"] = self.lrs[number] * warm_up * self.rules[number].rate(step)
-            for factor, target in zip(self.groups[number], self.targets[number], strict=True):
-                x = factor.detach() / s
-                pull = torch.tanh(x - target) + 0.3 * torch.sin(3 * x + step)
-                factor.grad = loudness * pull / s
+        loudness, warm_up = 0.3 * (1 + 0.8 * math.sin(1.3 * step)), min(1.0, (step + 1) / 8)
+        for number, x in enumerate(self.values()):
+            group, rule = self.groups[number], self.rules[number]
+            lr = self.lrs[number] * warm_up * rule.rate(step)
+            self.optimizer.param_groups[number]["lr"] = lr
+            pull = torch.tanh(x - self.targets[number]) + 0.3 * torch.sin(3 * x + step)
+            parts = (pull * (loudness / self.scales[number])).split([p.numel() for p in group])
+            for factor, part in zip(group, parts, strict=True):
+                factor.grad = part.view(factor.shape)
         self.optimizer.step()
 
     def values(self) -> list[Tensor]:
         """What each group's factors are in units of its scale, one long vector a group."""
         return [
-            torch.cat([p.detach().flatten() / s for p in group])
+            torch.cat([p.detach().flatten() for p in group]) / s
             for group, s in zip(self.groups, self.scales, strict=True)
         ]
 

@@ -51,7 +51,7 @@ def test_seventeen_are_found():
 
 
 @moving
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data(), s=SCALES, seed=seeds, steps=st.sampled_from([1, 2, STEPS]))
 def test_steps_commute_with_scaling(cls, data, s, seed, steps):
     rule = data.draw(rules(cls))
@@ -61,7 +61,7 @@ def test_steps_commute_with_scaling(cls, data, s, seed, steps):
 
 
 @every(lambda cls: not cls.no_gamma and cls.exact)
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(data=st.data(), dtype=DTYPES, s=POWERS_OF_TWO, seed=seeds)
 def test_powers_of_two_keep_every_bit(cls, dtype, data, s, seed):
     rule = data.draw(rules(cls))
@@ -118,7 +118,7 @@ def test_every_setting_has_an_effect(cls):
 
 
 @every(lambda cls: not cls.one_scale)
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(data=st.data(), seed=seeds)
 def test_groups_move_as_if_they_were_alone(cls, data, seed):
     two = [data.draw(rules(cls)), data.draw(rules(cls))]
