@@ -1,15 +1,15 @@
-"""The degrees: no other passes, and the definitions are those of the adapters that train."""
+"""The degrees: no other passes, and the definitions are those of the adapters that train.
+
+That every adapter scales as its terms say, tests/adapters/test_contract.py checks.
+"""
 
 import numpy as np
 import pytest
 import sympy as sp
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lyco_lab.adapters import ADAPTERS
-from lyco_lab.adapters.base import Adapter
-from tests.strategies import adapters_on, random_factors, random_weight, seeds, shapes_of
+from tests.strategies import random_factors, random_weight
 from theory import is_zero
 from theory.homogeneity import UPDATES, K, R, Update, by_factor, difference
 
@@ -67,7 +67,6 @@ TRAINED = {
     "norm": (ADAPTERS["norm"](), (5,), {"D": "dw"}),
 }
 SCALED = {f"{name}, with a scalar" for name in TRAINED} & set(BY_NAME)
-homogeneous = [name for name, cls in ADAPTERS.items() if not cls.no_degree]
 
 
 @every_update
@@ -133,25 +132,3 @@ def test_a_scalar_multiplies_the_update(name):
     )
     actual = trained.transform(scaled, shape)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("name", homogeneous)
-@given(data=st.data(), seed=seeds)
-def test_every_adapter_scales_by_the_product_over_a_term(name, data, seed):
-    """With powers of two, whose products no rounding touches: in every bit."""
-    cls: type[Adapter] = ADAPTERS[name]
-    shape = data.draw(shapes_of(cls))
-    adapter = data.draw(adapters_on(cls, shape))
-    weight = random_weight(shape, seed)
-    factors = random_factors(adapter, weight, seed + 1)
-    terms = adapter.terms(shape)
-    total = data.draw(st.integers(-6, 6))  # gamma = 2**total, over every term
-    scales: dict[str, float] = {}
-    for term in terms:
-        if not adapter.untrained.intersection(term):  # copies are scaled as what they copy
-            powers = [data.draw(st.integers(-4, 4)) for _ in term[1:]]
-            powers.append(total - sum(powers))
-        scales |= {k: 2.0**p for k, p in zip(term, powers, strict=True)}
-    assert scales.keys() == factors.keys()
-    moved = {k: scales[k] * A for k, A in factors.items()}
-    assert torch.equal(adapter.delta(weight, moved), 2.0**total * adapter.delta(weight, factors))
