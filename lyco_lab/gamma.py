@@ -29,7 +29,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lyco_lab import adapters, optimizers
@@ -38,7 +38,7 @@ from lyco_lab.adapters.layers import BIAS, original
 from lyco_lab.adapters.options import SCALAR, Options
 from lyco_lab.adapters.targeting import resolve
 from lyco_lab.config import Model, Run, Train
-from lyco_lab.config.groups import Group, group_of
+from lyco_lab.config.groups import PLAIN, Group, group_of
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.skeleton import skeleton
 from lyco_lab.errors import UserError
@@ -140,6 +140,13 @@ def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
     why = obstacle(run)
     if why:
         raise UserError(f"gamma of run {run.name!r} cannot be moved: {why}")
+    return transformed(
+        run, scales_to(run, gamma, carry=carry), run.adapter_value().with_gamma(gamma)
+    )
+
+
+def scales_to(run: Run, gamma: float, *, carry: str = "all") -> Scales:
+    """The s_i that leave this gamma on every layer of a run whose gamma can be moved."""
     scales: Scales = {}
     for layer in layers(run):
         assert layer.gamma is not None
@@ -154,7 +161,7 @@ def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
                 )
             s = scale(ratio, len(carriers))
             scales |= {(layer.name, name): s if name in carriers else 1.0 for name in term}
-    return transformed(run, scales, run.adapter_value().with_gamma(gamma))
+    return scales
 
 
 def obstacle(run: Run) -> str:
@@ -189,48 +196,72 @@ def transformed(run: Run, scales: Mapping[Place, float], adapter: Adapter) -> Ru
         )
     counts = Counter(each.values())
     common = max(counts, key=lambda s: (counts[s], s == 1))
-    train, lr = run.train, common ** rule.powers.get("lr", 0)
+    base = _scaled(PLAIN, common, rule)
+    if len(distinct) == 1:
+        return _expressed(run, adapter, base, run.train.groups)
+    return _expressed(run, adapter, base, _groups(run, _moved_groups(run, each), base))
+
+
+def _scaled(group: Group, s: float, rule: Optimizer) -> Group:
+    """A group's multiples for factors that are `s` times as large."""
+    settings = {key: group.optimizer.get(key, 1.0) * s**power for key, power in _own(rule).items()}
+    return Group(
+        init_scale=group.init_scale * s,
+        lr=group.lr * s ** rule.powers.get("lr", 0),
+        clip=group.clip * s,
+        optimizer=settings,
+    )
+
+
+def _moved_groups(run: Run, scales: Mapping[Place, float]) -> dict[Place, Group]:
+    """The multiples of the run's settings that each scaled factor has."""
+    rule = run.optimizer_value()
+    return {
+        place: _scaled(group_of(run.train.groups, *place), s, rule) for place, s in scales.items()
+    }
+
+
+def _expressed(run: Run, adapter: Adapter, base: Group, groups: tuple[Group, ...]) -> Run:
+    """`run` with its settings multiplied by those of `base`, and these groups."""
+    train = run.train
     text_lr, clip = train.text_encoder_lr, train.grad_clip
-    groups = train.groups
-    if len(distinct) > 1:
-        groups = _groups(run, rule, {place: s / common for place, s in each.items()})
     return replace(
         run,
         adapter=adapters.describe(adapter),
-        optimizer=optimizers.describe(rule.scaled(common)),
+        optimizer=optimizers.describe(run.optimizer_value().moved(base.optimizer)),
         train=replace(
             train,
-            init_scale=train.init_scale * common,
-            lr=train.lr * lr,
-            text_encoder_lr=None if text_lr is None else text_lr * lr,
-            grad_clip=None if clip is None else clip / common,
+            init_scale=train.init_scale * base.init_scale,
+            lr=train.lr * base.lr,
+            text_encoder_lr=None if text_lr is None else text_lr * base.lr,
+            grad_clip=None if clip is None else clip / base.clip,
             groups=groups,
         ),
     )
 
 
-def _groups(run: Run, rule: Optimizer, relative: Scales) -> tuple[Group, ...]:
-    """Groups that give every factor the settings it had, moved by its scale."""
+def _groups(run: Run, values: Mapping[Place, Group], base: Group) -> tuple[Group, ...]:
+    """Groups that give every factor its multiples, where the run's settings have those of `base`."""
     by_layer = {layer.name: layer for layer in layers(run)}
+    clips = run.train.grad_clip is not None
     members: dict[str, dict[str, list[str]]] = {}  # settings -> layer -> factors
-    values: dict[str, Group] = {}
-    for (name, factor), s in relative.items():
-        old = group_of(run.train.groups, name, factor)
+    relative: dict[str, Group] = {}
+    for (name, factor), own in values.items():
         layer = by_layer[name]
         starts = factor in layer.scaled and factor not in layer.zero
-        settings = {key: old.optimizer.get(key, 1.0) * s**p for key, p in _own(rule).items()}
-        new = Group(
-            init_scale=old.init_scale * s if starts else 1.0,
-            lr=old.lr * s ** rule.powers.get("lr", 0),
-            clip=1.0 if run.train.grad_clip is None else old.clip * s,
+        settings = {k: v / base.optimizer[k] for k, v in own.optimizer.items()}
+        group = Group(
+            init_scale=own.init_scale / base.init_scale if starts else 1.0,
+            lr=own.lr / base.lr,
+            clip=own.clip / base.clip if clips else 1.0,
             optimizer={key: value for key, value in settings.items() if value != 1},
         )
-        key = json.dumps(asdict(new), sort_keys=True)
-        values[key] = new
+        key = json.dumps(_rounded(asdict(group)), sort_keys=True)
+        relative.setdefault(key, group)
         members.setdefault(key, {}).setdefault(name, []).append(factor)
     groups = []
     for key, where in members.items():
-        if values[key].is_plain():
+        if json.loads(key) == _rounded(asdict(PLAIN)):
             continue
         together: dict[tuple[str, ...], list[str]] = {}
         for name, factors in where.items():
@@ -241,12 +272,19 @@ def _groups(run: Run, rule: Optimizer, relative: Scales) -> tuple[Group, ...]:
             unique = not any(set(patterns) & {"*", *layer.factors} for layer in others)
             groups.append(
                 replace(
-                    values[key],
+                    relative[key],
                     layers=("*",) if unique else tuple(names),
                     factors=patterns,
                 )
             )
     return tuple(groups)
+
+
+def _rounded(group: dict[str, Any]) -> dict[str, Any]:
+    """To the digits that tell settings apart, however they were computed; 1 is left out."""
+    numbers = {key: float(f"{group[key]:.9g}") for key in ("init_scale", "lr", "clip")}
+    optimizer = {key: float(f"{value:.9g}") for key, value in group["optimizer"].items()}
+    return numbers | {"optimizer": {key: value for key, value in optimizer.items() if value != 1}}
 
 
 def _own(rule: Optimizer) -> dict[str, int]:
@@ -258,10 +296,26 @@ def canonical(run: Run) -> Run:
     """The representative of the runs that train the same W': gamma = 1, init_scale = 1.
 
     All of gamma and of the start's scales is carried by the factors that start at 0; where a term
-    has none, by all of its factors alike. A run whose gamma cannot be moved represents itself.
+    has none, by all of its factors alike. The settings of the run are those of its first factor
+    with a start, and groups say what differs. A run whose gamma cannot be moved represents itself.
     """
     scales = _canonical_scales(run)
-    return run if scales is None else transformed(run, scales, run.adapter_value().with_gamma(1.0))
+    if scales is None:
+        return run
+    each = {
+        (y.name, name): scales.get((y.name, name), 1.0) for y in layers(run) for name in y.factors
+    }
+    starting = (
+        (layer.name, name)
+        for layer in layers(run)
+        for term in layer.terms
+        for name in term
+        if name not in layer.zero
+    )
+    values = _moved_groups(run, each)
+    base = values[next(starting, next(iter(each)))]
+    adapter = run.adapter_value().with_gamma(1.0)
+    return _expressed(run, adapter, base, _groups(run, values, base))
 
 
 def _canonical_scales(run: Run) -> Scales | None:
@@ -314,6 +368,9 @@ class Equivalence:
     equal: bool
     bitwise: bool  # in every bit, not only up to rounding
     reason: str  # of a difference; what was shown, where there is none
+    scales: Mapping[Place, float] = field(
+        default_factory=dict, repr=False
+    )  # factors of b, in those of a
 
     def __bool__(self) -> bool:
         return self.equal
@@ -324,33 +381,71 @@ def equivalent(a: Run, b: Run) -> Equivalence:
 
     Both are brought to their representatives, and their settings compared factor by factor.
     """
-    difference = _rest_differs(a, b)
-    if difference:
-        return Equivalence(False, False, difference)
-    ours, theirs = _canonical_scales(a), _canonical_scales(b)
-    if ours is None or theirs is None:
-        same = identity(a.to_dict()) == identity(b.to_dict())
-        why = obstacle(a) or "its factors need several scales, and its optimizer takes one for all"
+    return _compared(_Form(a), _Form(b))
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A number that decides how a factor trains."""
+
+    place: Place
+    key: str
+    value: float
+    s: float  # the factor's, to the run's representative
+    power: int  # of s, by which the setting moves
+
+    @property
+    def moved(self) -> float:
+        return self.value * self.s**self.power
+
+
+class _Form:
+    """A run as it is compared: what no scaling moves, and the other settings factor by factor."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.rest = run, _rest(run)
+
+    @functools.cached_property
+    def settings(self) -> list[_Setting] | None:
+        """None where there is no representative but the run itself."""
+        run, scales = self.run, _canonical_scales(self.run)
+        if scales is None:
+            return None
+        found = []
+        for layer in layers(run):
+            for factor in layer.factors:
+                place, values = (layer.name, factor), _settings(run, layer, factor)
+                s = scales.get(place, 1.0)
+                for key, power in _powers(run, layer, factor).items():
+                    found.append(_Setting(place, key, values[key], s, power))
+        return found
+
+
+def _compared(a: _Form, b: _Form) -> Equivalence:
+    for key, ours, theirs in _differences(a.rest, b.rest):
+        why = f"{key} is {ours!r} in {a.run.name} and {theirs!r} in {b.run.name}"
+        return Equivalence(False, False, why)
+    if a.settings is None or b.settings is None:
+        same = identity(a.run.to_dict()) == identity(b.run.to_dict())
+        why = obstacle(a.run) or (
+            "its factors need several scales, and its optimizer takes one for all"
+        )
         return Equivalence(same, same, "equal settings" if same else f"settings differ, and {why}")
-    bitwise = a.optimizer_value().exact and b.optimizer_value().exact
-    for layer in layers(a):
-        for factor in layer.factors:
-            place = (layer.name, factor)
-            s, t = ours.get(place, 1.0), theirs.get(place, 1.0)
-            here, there = _settings(a, layer, factor), _settings(b, layer, factor)
-            for key, power in _powers(a, layer, factor).items():
-                x, y = here[key] * s**power, there[key] * t**power
-                if not math.isclose(x, y, rel_tol=SAME):
-                    return Equivalence(
-                        False,
-                        False,
-                        f"{key} of {layer.name}, factor {factor}, is {x:.6g} in {a.name} and "
-                        f"{y:.6g} in {b.name}, once both have gamma = 1 and the same start",
-                    )
-                bitwise = bitwise and here[key] == there[key] * (t / s) ** power
-            bitwise = bitwise and is_power_of_two(t / s)
+    bitwise = a.run.optimizer_value().exact and b.run.optimizer_value().exact
+    for x, y in zip(a.settings, b.settings, strict=True):
+        if not math.isclose(x.moved, y.moved, rel_tol=SAME):
+            layer, factor = x.place
+            return Equivalence(
+                False,
+                False,
+                f"{x.key} of {layer}, factor {factor}, is {x.moved:.6g} in {a.run.name} and "
+                f"{y.moved:.6g} in {b.run.name}, once both have gamma = 1 and the same start",
+            )
+        between = y.s / x.s
+        bitwise = bitwise and is_power_of_two(between) and x.value == y.value * between**x.power
     shown = "the same bit for bit" if bitwise else "the same up to rounding"
-    return Equivalence(True, bitwise, shown)
+    scales = {x.place: x.s / y.s for x, y in zip(a.settings, b.settings, strict=True)}
+    return Equivalence(True, bitwise, shown, scales)
 
 
 def _powers(run: Run, layer: Layer, factor: str) -> dict[str, int]:
@@ -389,15 +484,8 @@ def _numbers(key: str, value: Any) -> dict[str, float]:
     return {} if value is None else {key: value}
 
 
-def _rest_differs(a: Run, b: Run) -> str:
-    """The first difference of two runs that no scaling of factors makes or undoes; "" for none."""
-    for key, ours, theirs in _differences(_rest(a), _rest(b)):
-        return f"{key} is {ours!r} in {a.name} and {theirs!r} in {b.name}"
-    return ""
-
-
 def _rest(run: Run) -> dict[str, Any]:
-    """The run's settings without those that the theorem moves."""
+    """The run's settings that no scaling of factors moves."""
     rest, rule = dict(identity(run.to_dict())), run.optimizer_value()
     if not obstacle(run):
         rest["adapter"] = adapters.describe(run.adapter_value().with_gamma(1.0))
@@ -436,12 +524,15 @@ class Class:
 def classes(runs: Sequence[Run]) -> list[Class]:
     """The runs in classes of equivalent ones, in the order of their first members."""
     found: list[Class] = []
-    for run in runs:
-        for number, known in enumerate(found):
-            verdict = equivalent(known.representative, run)
+    forms: list[_Form] = []  # of their representatives
+    for form in map(_Form, runs):
+        for number, known in enumerate(forms):
+            verdict = _compared(known, form)
             if verdict:
-                found[number] = Class((*known.runs, run), known.bitwise and verdict.bitwise)
+                members, bitwise = found[number].runs, found[number].bitwise
+                found[number] = Class((*members, form.run), bitwise and verdict.bitwise)
                 break
         else:
-            found.append(Class((run,), True))
+            found.append(Class((form.run,), True))
+            forms.append(form)
     return found
