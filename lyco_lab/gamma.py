@@ -241,7 +241,7 @@ def _expressed(run: Run, adapter: Adapter, base: Group, groups: tuple[Group, ...
 
 
 def _groups(run: Run, values: Mapping[Place, Group], base: Group) -> tuple[Group, ...]:
-    """Groups that give every factor its multiples, where the run's settings have those of `base`."""
+    """Groups that give every factor its multiples, where the run has those of `base`."""
     by_layer = {layer.name: layer for layer in layers(run)}
     clips = run.train.grad_clip is not None
     members: dict[str, dict[str, list[str]]] = {}  # settings -> layer -> factors

@@ -1,231 +1,304 @@
-"""The gamma theorem on the adapters that train, with torch's own optimisers.
+"""Runs that are the same run: rewriting, representatives and classes, on whole configurations.
 
-Every case trains a small regression twice: W + gamma T(A), and W + T(A') with the settings that
-`rewrite` gives. The two must apply the same update at every step; with any one setting left where
-it was they must not.
+That equivalent runs train the same weights is checked by training them: here for scales drawn at
+random, in tests/train/test_stage.py, tests/verify and, on bare factors, in tests/optimizers.
 """
 
+import csv
+import dataclasses
 import math
-from dataclasses import asdict, replace
 
 import pytest
-import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from lyco_lab.adapters import ADAPTERS
-from lyco_lab.adapters.base import Additive
-from lyco_lab.adapters.mount import attach
+from lyco_lab.adapters import ADAPTERS, describe
+from lyco_lab.adapters.options import Options
+from lyco_lab.config import Data, Model, Run, Train
+from lyco_lab.config.groups import Group
+from lyco_lab.data.stage import prepare
 from lyco_lab.errors import UserError
-from lyco_lab.gamma import POWERS, Rewrite, exponent, is_power_of_two, rewrite, scale
-from lyco_lab.seeds import generator
-from tests.strategies import adapters, random_factors, random_weight, seeds, shapes
+from lyco_lab.gamma import (
+    canonical,
+    classes,
+    equivalent,
+    is_power_of_two,
+    layers,
+    rewrite,
+    scale,
+    transformed,
+)
+from lyco_lab.optimizers import OPTIMIZERS
+from lyco_lab.record import Record
+from lyco_lab.train import train
 
-STEPS = 24
-# Both runs round differently, and training amplifies it.
-BOUND = 512 * torch.finfo(torch.float64).eps
-DIFFERENT = 0.05
-
-ADDITIVE = {name: cls for name, cls in ADAPTERS.items() if issubclass(cls, Additive)}
-every_additive = pytest.mark.parametrize("cls", ADDITIVE.values(), ids=ADDITIVE.keys())
-every_optimizer = pytest.mark.parametrize("optimizer", POWERS)
 gammas = st.floats(min_value=-4, max_value=4).map(lambda exponent: 10.0**exponent)
+# Small ranks and a factor of 8: on the narrow layers of the tiny model LoKr then mixes degrees.
+KINDS = {
+    "lora": {"rank": 2, "alpha": 1.5},
+    "loha": {"rank": 2, "alpha": 3.0},
+    "lokr": {"rank": 4, "alpha": 0.5, "factor": 8},
+    "glora": {"rank": 2, "alpha": 0.3},
+    "tlora": {"rank": 2, "alpha": 0.3},
+    "dylora": {"rank": 4, "alpha": 3.0, "block_size": 2},
+    "dora": {"of": {"kind": "loha", "rank": 2, "alpha": 0.7}},
+    "ia3": {"alpha": 0.7},
+    "native": {"alpha": 0.7, "bias": True},
+}
+MOVABLE = sorted(name for name, cls in OPTIMIZERS.items() if not cls.no_gamma and not cls.one_scale)
 
-# Settings at which every part of a recipe matters: decay, an eps as large as the gradients, and a
-# clipping that is active. They belong to the run without gamma.
-RECIPES = {
-    "sgd": Rewrite(init_scale=1.0, lr=0.05, weight_decay=0.3, grad_clip=0.5),
-    "adam": Rewrite(init_scale=1.0, lr=0.01, eps=1e-2, weight_decay=0.3, grad_clip=0.5),
-    "adamw": Rewrite(init_scale=1.0, lr=0.01, eps=1e-2, weight_decay=3.0, grad_clip=0.5),
+
+def a_run(path, kind="lora", optimizer="adamw", name="a", preset="attn-mlp", **settings):
+    text = settings.pop("text_encoder", False)
+    options = settings.pop("options", Options())
+    return Run(
+        name=name,
+        study="s",
+        model=Model(path=str(path), preset=preset, text_encoder=text),
+        data=Data(folder="x"),
+        adapter={"kind": kind, **KINDS.get(kind, {})},
+        options=options,
+        optimizer=optimizer if isinstance(optimizer, dict) else {"kind": optimizer},
+        train=Train(**{"lr": 3e-3, "grad_clip": 0.7} | settings),
+    )
+
+
+GROUPS = (
+    Group(factors=("b*",), lr=16.0),
+    Group(layers=("unet.*attn2*",), init_scale=0.5, lr=3.0, clip=2.0),
+)
+
+
+@st.composite
+def runs(draw, path):
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    product = kind in ("lora", "loha", "lokr")
+    groups = draw(st.sampled_from([(), GROUPS[1:], GROUPS if product else ()]))
+    return a_run(
+        path,
+        kind,
+        draw(st.sampled_from(MOVABLE)),
+        text_encoder=draw(st.booleans()),
+        options=Options(use_scalar=product and draw(st.booleans())),
+        init_scale=draw(st.sampled_from([1.0, 0.3, 4.0])),
+        grad_clip=draw(st.sampled_from([None, 0.7])),
+        groups=groups,
+    )
+
+
+def gammas_of(run):
+    return {layer.gamma for layer in layers(run)}
+
+
+def renamed(run, name="b", **settings):
+    return dataclasses.replace(run, name=name, **settings)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+@given(data=st.data(), gamma=gammas, carry=st.sampled_from(["all", "zero"]))
+def test_a_rewritten_run_has_that_gamma_and_is_equivalent(tiny_sd, data, gamma, carry):
+    run = data.draw(runs(tiny_sd))
+    has_zero = run.adapter["kind"] != "tlora" or run.options.use_scalar
+    carry = carry if has_zero else "all"
+    moved = rewrite(run, gamma, carry=carry)
+    assert all(found == pytest.approx(gamma, rel=1e-12) for found in gammas_of(moved))
+    assert equivalent(run, moved) and equivalent(moved, run)
+    again = rewrite(moved, 1.0)
+    assert equivalent(run, again)
+    starts = {layer.name for layer in layers(run) for t in layer.terms if len(t) > 1}
+    if carry == "zero" and starts:
+        assert moved.train.init_scale == run.train.init_scale or moved.train.groups
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@given(data=st.data(), power=st.integers(-3, 3))
+def test_powers_of_two_go_there_and_back_in_every_bit(tiny_sd, data, power):
+    run = rewrite(data.draw(runs(tiny_sd)), 1.0)
+    gamma = 2.0 ** (12 * power)  # of the degrees 1 to 4 and 6 every root is a power of two
+    run = dataclasses.replace(
+        run, options=Options(), train=dataclasses.replace(run.train, groups=())
+    )
+    there = rewrite(run, gamma)
+    assert equivalent(run, there).bitwise
+    back = rewrite(there, 1.0)
+    assert {key: value for key, value in back.to_dict().items() if key != "train"} == {
+        key: value for key, value in run.to_dict().items() if key != "train"
+    }
+    assert equivalent(back, run).bitwise
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
+@given(data=st.data(), gamma=gammas)
+def test_equivalent_runs_have_one_representative(tiny_sd, data, gamma):
+    run = data.draw(runs(tiny_sd))
+    first, second = canonical(run), canonical(rewrite(run, gamma))
+    assert gammas_of(first) == {1.0}
+    assert equivalent(first, second)
+    assert equivalent(canonical(first), first)
+    assert first.train.lr == pytest.approx(second.train.lr, rel=1e-9)
+    assert first.train.init_scale == pytest.approx(second.train.init_scale, rel=1e-9)
+    if first.train.grad_clip is not None:
+        assert first.train.grad_clip == pytest.approx(second.train.grad_clip, rel=1e-9)
+    assert [(g.layers, g.factors) for g in first.train.groups] == [
+        (g.layers, g.factors) for g in second.train.groups
+    ]
+
+
+SETTINGS = {  # each on its own makes another run of any optimizer's and adapter's
+    "lr": {"lr": 4e-3},
+    "the weight in the clipped norm": {"grad_clip": 0.8},
+    "lr of": {"init_scale": 1.1},  # which the zero factor carries: its learning rate
+    "train.steps": {"steps": 299},
+    "train.grad_clip is set": {"grad_clip": None},
+    "train.warmup_steps": {"warmup_steps": 3},
 }
 
 
-def train(adapter, shape, seed, gamma, optimizer, recipe, dtype=torch.float64):
-    """The loss and gamma T(A) after every step of a regression with a warmed-up schedule."""
-    rng = generator(seed, "regression")
-    weight = torch.randn(shape, dtype=torch.float64, generator=rng).to(dtype)
-    start = adapter.init(weight, generator(seed, "init"))
-    factors = {k: (recipe.init_scale * v).requires_grad_() for k, v in start.items()}
-    x_NQ = torch.randn(8, math.prod(shape[1:]), dtype=torch.float64, generator=rng).to(dtype)
-    y_NP = torch.randn(8, shape[0], dtype=torch.float64, generator=rng).to(dtype)
-    running = make_optimizer(optimizer, list(factors.values()), recipe)
-    warm_up = torch.optim.lr_scheduler.LambdaLR(running, lambda step: min(1.0, (step + 1) / 8))
-    losses, deltas = [], []
-    for _ in range(STEPS):
-        delta = gamma * adapter.transform(factors, shape)
-        loss = (x_NQ @ (weight + delta).flatten(1).T - y_NP).square().mean()
-        running.zero_grad()
-        loss.backward()
-        clip(list(factors.values()), recipe.grad_clip)
-        running.step()
-        warm_up.step()
-        losses.append(loss.detach())
-        deltas.append((gamma * adapter.transform(factors, shape)).detach())
-    return torch.stack(losses), torch.stack(deltas)
+@pytest.mark.parametrize("kind", ["lora", "lokr", "glora"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_what_differs_is_named(tiny_sd, kind, setting):
+    run = rewrite(a_run(tiny_sd, kind), 0.3)
+    other = renamed(run, train=dataclasses.replace(run.train, **SETTINGS[setting]))
+    verdict = equivalent(canonical(run), other)
+    assert not verdict and not verdict.bitwise
+    assert setting in verdict.reason and "in b" in verdict.reason
 
 
-def make_optimizer(name, parameters, recipe):
-    common = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
-    if name == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **common)
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
-    return kind(parameters, betas=(0.9, 0.99), eps=recipe.eps, **common)
+@pytest.mark.parametrize("name", MOVABLE)
+def test_each_setting_that_should_move_must(tiny_sd, name):
+    rule = OPTIMIZERS[name]()
+    run = a_run(tiny_sd, optimizer=name)
+    moved = rewrite(run, 0.3)
+    assert equivalent(run, moved)
+    for key in ("lr", *(field.name for field in dataclasses.fields(rule))):
+        if not rule.powers.get(key) or key != "lr" and not getattr(rule, key):
+            continue
+        if key == "lr":
+            wrong = renamed(moved, train=dataclasses.replace(moved.train, lr=run.train.lr))
+        else:
+            wrong = renamed(moved, optimizer=moved.optimizer | {key: run.optimizer[key]})
+        verdict = equivalent(run, wrong)
+        assert not verdict
+        # Each differs for every factor; the first found may be lr, from which decay is told apart.
+        assert key in verdict.reason
 
 
-def clip(parameters, max_norm):
-    """Clipping by global norm, without the 1e-6 that torch adds to the norm."""
-    if max_norm is None:
-        return
-    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in parameters]))
-    for parameter in parameters:
-        parameter.grad.mul_(torch.clamp(max_norm / norm, max=1.0))
+def test_a_start_at_zero_has_no_scale(tiny_sd):
+    one, other = a_run(tiny_sd, "native"), a_run(tiny_sd, "native", init_scale=3.0)
+    assert equivalent(one, other).bitwise
 
 
-def folded_back(gamma, degree, optimizer, **changes):
-    """The recipe under gamma whose rewriting is the recipe above: stable whatever gamma is."""
-    return rewrite(1 / gamma, degree, optimizer, asdict(RECIPES[optimizer]) | changes)
+def test_gamma_on_the_factor_that_starts_at_zero_is_a_ratio_of_learning_rates(tiny_sd):
+    run = rewrite(a_run(tiny_sd, groups=(), grad_clip=None), 1.0)
+    moved = {"eps": 1 / 16, "weight_decay": 1 / 16}
+    ratio = Group(factors=("b_PR",), lr=16.0, optimizer=moved)
+    plus = renamed(run, train=dataclasses.replace(run.train, groups=(ratio,)))
+    assert not equivalent(run, plus)
+    assert equivalent(rewrite(run, 1 / 16, carry="zero"), run).bitwise
+    gamma_16 = dataclasses.replace(run, adapter=describe(run.adapter_value().with_gamma(16.0)))
+    assert equivalent(gamma_16, plus).bitwise
+    sgd = dataclasses.replace(gamma_16, optimizer={"kind": "sgd", "weight_decay": 0.0})
+    (group,) = rewrite(sgd, 1.0, carry="zero").train.groups or (None,)
+    assert group.factors == ("a_RQ",) or group.lr == 256.0
 
 
-def gap(left, right):
-    """The largest relative distance between the updates of two runs, over all steps."""
-    assert torch.isfinite(left).all()
-    distances = (left - right).flatten(1).norm(dim=1)
-    return (distances / left.flatten(1).norm(dim=1).max()).max().item()
+def test_layers_of_different_degree_get_groups(tiny_sd):
+    run = a_run(tiny_sd, "lokr")
+    degrees = {len(term) for layer in layers(run) for term in layer.terms}
+    assert len(degrees) > 1
+    moved = rewrite(run, 2.0**-12)
+    assert moved.train.groups and equivalent(run, moved)
+    prodigy = a_run(tiny_sd, "lokr", optimizer="prodigy")
+    with pytest.raises(UserError, match="Prodigy takes one for all"):
+        rewrite(prodigy, 2.0**-12)
+    assert canonical(prodigy) == prodigy
 
 
-@every_additive
-@given(data=st.data(), shape=shapes(), seed=seeds, log_a=st.floats(-4, 4))
-def test_the_transform_is_homogeneous_of_its_degree_and_no_other(cls, data, shape, seed, log_a):
-    adapter, a = data.draw(adapters(cls)), 10.0**log_a
-    factors = random_factors(adapter, random_weight(shape, seed), seed)
-    scaled = adapter.transform({name: a * factor for name, factor in factors.items()}, shape)
-    unscaled = adapter.transform(factors, shape)
-
-    def off(degree):
-        return ((scaled - a**degree * unscaled).norm() / scaled.norm()).item()
-
-    degree = adapter.degree(shape)
-    assert off(degree) < 1e-13
-    if not 0.99 < a < 1.01:
-        assert min(off(degree - 1), off(degree + 1)) > 1e-3
+def test_an_optimizer_of_one_scale_moves_where_one_is_enough(tiny_sd):
+    run = a_run(tiny_sd, "loha", optimizer="prodigy", lr=1.0)
+    moved = rewrite(run, 2.0**-8)
+    assert not moved.train.groups and equivalent(run, moved)
+    assert gammas_of(canonical(moved)) == {1.0} and equivalent(canonical(run), canonical(moved))
+    with pytest.raises(UserError, match="takes one for all"):
+        rewrite(run, 2.0**-8, carry="zero")
 
 
-@every_additive
-@every_optimizer
-@settings(max_examples=12)
-@given(data=st.data(), shape=shapes(), seed=seeds, gamma=gammas)
-def test_the_rewritten_run_applies_the_same_updates(cls, optimizer, data, shape, seed, gamma):
-    adapter = data.draw(adapters(cls))
-    degree = adapter.degree(shape)
-    changes = data.draw(st.sampled_from([{}, {"eps": 1e-8}, {"grad_clip": None, "lr": 1e-3}]))
-    recipe = folded_back(gamma, degree, optimizer, **changes)
-    moved = rewrite(gamma, degree, optimizer, asdict(recipe))
-    _, with_gamma = train(adapter, shape, seed, gamma, optimizer, recipe)
-    _, without = train(adapter, shape, seed, 1.0, optimizer, moved)
-    assert gap(with_gamma, without) < BOUND
-
-
-@every_additive
-@every_optimizer
-@settings(max_examples=8)
-@given(data=st.data(), shape=shapes(), seed=seeds, power=st.integers(-4, 4))
-def test_powers_of_two_agree_bit_for_bit(cls, optimizer, data, shape, seed, power):
-    adapter = data.draw(adapters(cls))
-    degree = adapter.degree(shape)
-    gamma = 2.0 ** (power * degree)
-    recipe = folded_back(gamma, degree, optimizer)
-    moved = rewrite(gamma, degree, optimizer, asdict(recipe))
-    with_gamma = train(adapter, shape, seed, gamma, optimizer, recipe, torch.float32)
-    without = train(adapter, shape, seed, 1.0, optimizer, moved, torch.float32)
-    assert is_power_of_two(scale(gamma, degree))
-    assert torch.equal(with_gamma[0], without[0])
-    assert torch.equal(with_gamma[1], without[1])
-
-
-@every_additive
 @pytest.mark.parametrize(
-    ("optimizer", "setting"),
-    [(name, setting) for name in POWERS for setting in ("init_scale", *POWERS[name])],
+    ("kind", "optimizer", "options", "message"),
+    [
+        ("oft", "adamw", {}, "not homogeneous"),
+        ("boft", "adamw", {}, "not homogeneous"),
+        ("lora", "adadelta", {}, "Adadelta admits no exact transformation"),
+        ("lora", "adamw", {"gamma": 0.0}, "finite and positive, got 0.0"),
+        ("lora", "adamw", {"gamma": math.inf}, "got inf"),
+        ("lora", "adamw", {"carry": "zeros"}, "one of all, zero"),
+        ("tlora", "adamw", {"carry": "zero"}, "a term without any"),
+    ],
 )
-def test_a_setting_left_alone_changes_the_run(cls, optimizer, setting):
-    adapter, shape, gamma = cls(), (16, 12), 0.03
-    degree = adapter.degree(shape)
-    recipe = folded_back(gamma, degree, optimizer)
-    moved = rewrite(gamma, degree, optimizer, asdict(recipe))
-    wrong = replace(moved, **{setting: getattr(recipe, setting)})
-    _, with_gamma = train(adapter, shape, 0, gamma, optimizer, recipe)
-    assert gap(with_gamma, train(adapter, shape, 0, 1.0, optimizer, moved)[1]) < BOUND
-    off = gap(with_gamma, train(adapter, shape, 0, 1.0, optimizer, wrong)[1])
-    start = adapter.init(random_weight(shape, 0), generator(0)).values()
-    if setting == "init_scale" and not any(factor.any() for factor in start):
-        assert off < BOUND  # native starts at zero, which has no scale
-    else:
-        assert off > DIFFERENT
+def test_what_cannot_be_rewritten_says_why(tiny_sd, kind, optimizer, options, message):
+    with pytest.raises(UserError, match=message):
+        rewrite(a_run(tiny_sd, kind, optimizer=optimizer), **options)
 
 
-@every_additive
-@every_optimizer
-@pytest.mark.parametrize("error", [-1, 1])
-def test_a_wrong_degree_changes_the_run(cls, optimizer, error):
-    adapter, shape, gamma = cls(), (16, 12), 0.03
-    degree = adapter.degree(shape)
-    if degree + error < 1:
-        error = 2
-    recipe = folded_back(gamma, degree, optimizer)
-    wrong = rewrite(gamma, degree + error, optimizer, asdict(recipe))
-    _, with_gamma = train(adapter, shape, 0, gamma, optimizer, recipe)
-    assert gap(with_gamma, train(adapter, shape, 0, 1.0, optimizer, wrong)[1]) > DIFFERENT
+@pytest.mark.parametrize(("kind", "optimizer"), [("oft", "adamw"), ("lora", "adadelta")])
+def test_where_nothing_moves_a_run_is_equivalent_to_itself_alone(tiny_sd, kind, optimizer):
+    run = a_run(tiny_sd, kind, optimizer=optimizer)
+    assert canonical(run) == run
+    assert equivalent(run, renamed(run)).bitwise
+    other = renamed(run, train=dataclasses.replace(run.train, lr=1e-4))
+    assert not equivalent(run, other)
 
 
-def mounted_run(adapter, recipes, init_scale):
-    """Losses of a two-layer model with mounted adapters, each layer with its own AdamW recipe."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 64))
-        x, y = torch.randn(8, 12), torch.randn(8, 64)
-    mounted = attach(model, adapter, recipes, seed=0, init_scale=init_scale)
-    groups = [
-        {
-            "params": list(mounted.factors(name).values()),
-            "lr": recipe.lr,
-            "eps": recipe.eps,
-            "weight_decay": recipe.weight_decay,
-        }
-        for name, recipe in recipes.items()
+def test_classes_partition_runs_by_what_they_train(tiny_sd):
+    lora, lokr, oft = (a_run(tiny_sd, kind, name=kind) for kind in ("lora", "lokr", "oft"))
+    mixed = [
+        lora,
+        oft,
+        renamed(rewrite(lora, 0.3), "lora-2"),
+        lokr,
+        renamed(rewrite(lokr, 2.0**-12 * 0.25), "lokr-2"),
+        renamed(rewrite(lora, 0.75 * 2.0**-8), "lora-3"),
+        renamed(lora, "lora-other", train=dataclasses.replace(lora.train, lr=1.0)),
+        renamed(lora, "lora-seed", seed=1),
     ]
-    running = torch.optim.AdamW(groups)
+    found = [[run.name for run in c.runs] for c in classes(mixed)]
+    assert found == [
+        ["lora", "lora-2", "lora-3"],
+        ["oft"],
+        ["lokr", "lokr-2"],
+        ["lora-other"],
+        ["lora-seed"],
+    ]
+    assert not classes(mixed)[0].bitwise
+    assert classes([lora, mixed[5]])[0].bitwise  # 0.75 = 1.5 / 2, as lora has it
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+def test_any_scales_that_multiply_to_gamma_train_the_same_weights(
+    tiny_sd, tiny_concept, tmp_path, kind
+):
+    """The gauge theorem on the code that trains: powers of two, factor by factor, bit for bit."""
+    data = Data(folder=str(tiny_concept))
+    quick = {"steps": 4, "warmup_steps": 2, "grad_clip": 2.0**-7, "lr": 2.0**-6}
+    run = dataclasses.replace(a_run(tiny_sd, kind, **quick), data=data)
+    exponents = iter([3, -2, 1, 4, -1, 2, -3] * 1000)
+    scales = {}
+    for layer in layers(run):
+        for term in layer.terms:
+            powers = [next(exponents) for _ in term[1:]]
+            for name, power in zip(term, [-sum(powers), *powers], strict=True):
+                scales[layer.name, name] = 2.0**power
+    moved = transformed(run, scales, run.adapter_value())
+    assert moved.train.groups and equivalent(run, moved).bitwise
     losses = []
-    for _ in range(STEPS):
-        loss = (model(x) - y).square().mean()
-        running.zero_grad()
-        loss.backward()
-        running.step()
-        losses.append(loss.detach())
-    return torch.stack(losses), {name: mounted.delta(name).detach() for name in recipes}
-
-
-def test_mounted_layers_of_different_degree_need_a_rewrite_each():
-    """LoKr: the first layer's right block is full (gamma is 1), the second's factored, degree 3."""
-    with_gamma = ADAPTERS["lokr"](rank=2, alpha=2.0 * 2.0**-6, factor=4)
-    without = replace(with_gamma, alpha=2.0)
-    shapes = {"0": (16, 12), "2": (64, 16)}
-    assert [with_gamma.degree(shape) for shape in shapes.values()] == [2, 3]
-
-    recipe = Rewrite(init_scale=1.0, lr=0.02, eps=1e-3, weight_decay=0.1)
-    moved = {
-        name: rewrite(with_gamma.gamma(shape), with_gamma.degree(shape), "adamw", asdict(recipe))
-        for name, shape in shapes.items()
-    }
-    losses, deltas = mounted_run(with_gamma, dict.fromkeys(shapes, recipe), 1.0)
-    twin_losses, twin_deltas = mounted_run(without, moved, lambda name, _: moved[name].init_scale)
-    assert losses[-1] < losses[0]
-    assert torch.equal(losses, twin_losses)
-    assert all(torch.equal(deltas[name], twin_deltas[name]) for name in shapes)
-
-    one_for_all = dict.fromkeys(shapes, moved["2"])
-    wrong_losses, _ = mounted_run(without, one_for_all, moved["2"].init_scale)
-    assert not torch.allclose(losses, wrong_losses, rtol=1e-3)
+    for number, each in enumerate((run, moved)):
+        record = Record.open(tmp_path / str(number), each)
+        prepare(each, record)
+        train(each, record)
+        with (record.path / "train" / "metrics.csv").open(newline="") as file:
+            losses.append([(row["loss"], row["delta_norm"]) for row in csv.DictReader(file)])
+    assert losses[0] == losses[1]
+    assert len({loss for loss, _ in losses[0]}) > 1
 
 
 @given(power=st.integers(-60, 60), degree=st.integers(1, 7))
@@ -245,31 +318,23 @@ def test_what_is_no_power_of_two(s):
     assert not is_power_of_two(s)
 
 
-def test_the_exponents_and_a_rewrite_by_hand():
-    assert [exponent(name) for name in ("sgd", "adam", "adamw")] == [2, 1, 1]
-    hyper = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.25, "grad_clip": None}
-    assert rewrite(0.25, 2, "adamw", hyper) == Rewrite(
-        init_scale=0.5, lr=5e-4, eps=2e-8, weight_decay=0.5, grad_clip=None
-    )
-    assert rewrite(16.0, 4, "sgd", {"lr": 0.5, "weight_decay": 1.0, "init_scale": 3.0}) == Rewrite(
-        init_scale=6.0, lr=2.0, weight_decay=0.25
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 2, "sgd", {"lr": 1.0}), "gamma must be finite and positive.*got 0.0"),
-        ((-1.0, 2, "sgd", {"lr": 1.0}), "got -1.0"),
-        ((math.inf, 2, "sgd", {"lr": 1.0}), "got inf"),
-        ((0.5, 0, "sgd", {"lr": 1.0}), "degree.*integer >= 1, got 0"),
-        ((0.5, 2, "adamv", {"lr": 1.0}), "not 'adamv' .did you mean 'adam"),
-        ((0.5, 2, "sgd", {"lr": 1.0, "momentum": 0.9}), "not 'momentum'"),
-        ((0.5, 2, "sgd", {"lr": 1.0, "weight_decai": 0.9}), "did you mean 'weight_decay'"),
-        ((0.5, 2, "sgd", {"weight_decay": 0.1}), "needs the run's lr"),
-        ((0.5, 2, "sgd", {"lr": 1.0, "init_scale": None}), "init_scale must be a number"),
+        ((0.0, 2), "gamma must be finite and positive.*got 0.0"),
+        ((-1.0, 2), "got -1.0"),
+        ((math.inf, 2), "got inf"),
+        ((0.5, 0), "degree.*integer >= 1, got 0"),
+        ((0.5, True), "degree.*integer >= 1, got True"),
     ],
 )
-def test_what_cannot_be_rewritten_says_why(arguments, message):
+def test_a_scale_needs_a_positive_gamma_and_a_degree(arguments, message):
     with pytest.raises(UserError, match=message):
-        rewrite(*arguments)
+        scale(*arguments)
+
+
+def test_all_kinds_with_a_gamma_are_tried():
+    movable = {
+        k for k, cls in ADAPTERS.items() if cls.takes == "matrix" and k not in ("oft", "boft")
+    }
+    assert movable == set(KINDS)

@@ -41,11 +41,6 @@ class Group:
             fnmatchcase(factor, pattern) for pattern in self.factors
         )
 
-    def is_plain(self) -> bool:
-        """Whether it changes nothing."""
-        same = self.init_scale == self.lr == self.clip == 1
-        return same and all(value == 1 for value in self.optimizer.values())
-
 
 def _positive(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
