@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from lyco_lab.gamma import POWERS
+from lyco_lab.optimizers import OPTIMIZERS
 from paper import data, latex
 from paper.paths import PAPER
 from paper.tables import adapters, exponents, numbers
@@ -37,9 +37,11 @@ def test_rows_are_means_over_concepts_without_the_gamma_pair(tmp_path):
 
 def test_the_exponents_are_those_that_rewrite_runs():
     rows = {row[0]: row[1:] for row in exponents.rows()}
-    assert len(rows) == len(POWERS)
-    assert rows["AdamW"] == ["$s$", "$s$", "$s^{-1}$", "$s^{-1}$", "$s^{-1}$"]
-    assert rows["SGD"] == ["$s$", "$s^{2}$", latex.NOTHING, "$s^{-2}$", "$s^{-1}$"]
+    assert len(rows) == len(OPTIMIZERS)
+    assert rows["AdamW"] == ["$s$", "$s^{-1}$", "$s^{-1}$", latex.NOTHING]
+    assert rows["SGD"] == ["$s^{2}$", latex.NOTHING, "$s^{-2}$", latex.NOTHING]
+    assert rows["Prodigy"][0] == latex.NOTHING and rows["Prodigy"][-1] == "d0: $s$"
+    assert rows["Adadelta"][0] == "no exact transformation"
 
 
 def test_the_numbers_count_runs_and_bits(tmp_path):
