@@ -16,8 +16,8 @@ So the gradient that the run without gamma sees is 1/s_i times the other's, and 
 optimiser's step needs to know (theory/optimizers).
 
 `same_update` is (i) and `difference` is (ii), for every T of theory/homogeneity.py, with a symbol
-for each entry of every factor, of W and of G. Nothing is assumed of L: any network, any loss.
-Here s is one for all; theory/gauge.py asks the same for scales that differ.
+for each s_i and for each entry of every factor, of W and of G. Nothing is assumed of L: any
+network, any loss.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,19 @@ from collections.abc import Iterator
 import sympy as sp
 
 from theory import Identity
-from theory.homogeneity import UPDATES, Scales, Update, entries
-
-s = sp.Symbol("s", positive=True)
+from theory.homogeneity import UPDATES, Scales, Terms, Update, entries
 
 
-def alike(update: Update) -> dict[str, sp.Expr]:
-    """s for every factor."""
-    return dict.fromkeys(update.shapes, s)
+def scales(terms: Terms) -> tuple[dict[str, sp.Expr], sp.Expr]:
+    """A symbol s_i for every factor, and gamma, their product over each term.
+
+    No two terms share a factor, so the last one of each term but the first makes up for the rest.
+    """
+    s = {name: sp.Symbol(f"s_{name}", positive=True) for term in terms for name in term}
+    gamma = sp.prod(s[name] for name in terms[0])
+    for *free, last in terms[1:]:
+        s[last] = gamma / sp.prod(s[name] for name in free)
+    return s, gamma
 
 
 def same_update(update: Update, gamma: sp.Expr, scales: Scales) -> sp.Matrix:
@@ -54,14 +59,14 @@ def difference(update: Update, gamma: sp.Expr, scales: Scales) -> sp.Matrix:
     for entry in scale:
         gradient = sp.diff(pairing, entry)
         there = gradient.xreplace(moved)
-        column.append(gamma * gradient - scale[entry] * there)
+        column.append(sp.expand(gamma * gradient - scale[entry] * there))
     return sp.Matrix(column)
 
 
 def identities() -> Iterator[Identity]:
     for update in UPDATES:
-        gamma = s**update.degree
-        claim = f"{update.name}: gamma T(A) = T(s A)"
-        yield Identity(claim, same_update(update, gamma, alike(update)))
-        claim = f"{update.name}: grad_A L(gamma T(A)) = s grad_A' L(T(A'))"
-        yield Identity(claim, difference(update, gamma, alike(update)))
+        s, gamma = scales(update.terms)
+        claim = f"{update.name}: gamma T(A) = T(A')"
+        yield Identity(claim, same_update(update, gamma, s))
+        claim = f"{update.name}: grad_A_i L(gamma T(A)) = s_i grad_A'_i L(T(A'))"
+        yield Identity(claim, difference(update, gamma, s))

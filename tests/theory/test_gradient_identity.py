@@ -9,19 +9,21 @@ from hypothesis import strategies as st
 from lyco_lab.adapters import ADAPTERS
 from tests.strategies import adapters_on, random_factors, random_weight, seeds, shapes_of
 from theory import Counterexample
-from theory.gradient_identity import alike, difference, s, same_update
+from theory.gradient_identity import difference, same_update
 from theory.homogeneity import UPDATES
 
-every_update = pytest.mark.parametrize("update", UPDATES, ids=lambda update: update.name)
+s = sp.Symbol("s", positive=True)
+small = [update for update in UPDATES if "core" not in update.name and "Tucker" not in update.name]
+every_update = pytest.mark.parametrize("update", small, ids=lambda update: update.name)
 homogeneous = [name for name, cls in ADAPTERS.items() if not cls.no_degree]
 
 
 @every_update
 @pytest.mark.parametrize("error", [-1, 1])
 def test_a_wrong_degree_is_caught(update, error):
-    gamma = s ** (update.degree + error)
+    alike = dict.fromkeys(update.shapes, s)
     for left in (same_update, difference):
-        (entry, *_) = left(update, gamma, alike(update))
+        (entry, *_) = left(update, s ** (update.degree + error), alike)
         assert Counterexample("", at_numbers(entry)).holds()
 
 
@@ -39,7 +41,7 @@ def test_autograd_agrees(name, data, seed, log_gamma):
     shape = data.draw(shapes_of(cls))
     adapter = data.draw(adapters_on(cls, shape))
     weight = random_weight(shape, seed)
-    gamma, s = 10**log_gamma, 10 ** (log_gamma / adapter.degree(shape))
+    gamma, s_alike = 10**log_gamma, 10 ** (log_gamma / adapter.degree(shape))
     start = {k: A.clone() for k, A in random_factors(adapter, weight, seed + 1).items()}
     # Sizes at which the loss bends and no term drowns the others, whatever gamma is.
     size = float((gamma / adapter.gamma(shape) * adapter.delta(weight, start)).norm())
@@ -51,6 +53,6 @@ def test_autograd_agrees(name, data, seed, log_gamma):
         loss = torch.exp(torch.sin(weight + change)).sum()
         return torch.autograd.grad(loss, list(factors.values()))
 
-    for left, right in zip(gradients(gamma, 1.0), gradients(1.0, s), strict=True):
+    for left, right in zip(gradients(gamma, 1.0), gradients(1.0, s_alike), strict=True):
         tolerance = 1e-12 * float(left.abs().max())
-        torch.testing.assert_close(left, s * right, rtol=1e-12, atol=tolerance)
+        torch.testing.assert_close(left, s_alike * right, rtol=1e-12, atol=tolerance)
