@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NEW = '''"""Shift: every weight of an output row gains the same number.
 
-    W' = W + alpha * v 1^T,  or twice that
+    W' = W + alpha * v 1^T
 """
 
 from dataclasses import dataclass
@@ -25,8 +25,6 @@ from lyco_lab.adapters.base import Additive, Factors, OfAlpha, Shape
 
 @dataclass(frozen=True)
 class Shift(OfAlpha, Additive):
-    doubled: bool = False
-
     file_algo: ClassVar = "shift"
     file_names: ClassVar = {"v_P": "shift"}
     scaling: ClassVar = ("v_P",)
@@ -38,25 +36,17 @@ class Shift(OfAlpha, Additive):
     def transform(self, factors: Factors, shape: Shape) -> Tensor:
         return factors["v_P"].view(-1, *[1] * (len(shape) - 1)).expand(shape)
 
-    def gamma(self, shape: Shape) -> float:
-        return 2.0 if self.doubled else 1.0
-
-    def degree(self, shape: Shape) -> int:
-        return 1
-
     def num_params(self, shape: Shape) -> int:
         return shape[0]
 
     def max_rank(self, shape: Shape) -> int:
         return 1
-
-    def file_alpha(self, shape: Shape) -> None:
-        return None
 '''
+FAULTS = [("return 1\n", "return 2\n"), ('zero: ClassVar = ("v_P",)', "zero: ClassVar = ()")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [None, ("return 1\n\n    def file", "return 2\n\n    def file")])
+@pytest.mark.parametrize("fault", [None, *FAULTS])
 def test_a_new_file_is_all_it_takes(tmp_path, fault):
     """And a false claim in it is found."""
     for part in ("lyco_lab", "tests", "pyproject.toml"):

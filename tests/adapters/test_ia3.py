@@ -62,14 +62,14 @@ def test_every_plan_is_the_definition(on_input, layer, seed):
 @settings(max_examples=15)
 @given(layer=layers, seed=seeds)
 def test_the_change_alone(on_input, layer, seed):
-    check_change(layer, IA3(on_input), seed)
+    check_change(layer, IA3(on_input, alpha=0.7), seed)
 
 
 @both
 @pytest.mark.parametrize("forced", PLANS[:2], ids=str)
 @pytest.mark.parametrize("layer", ["narrowing", "2d"])
 def test_gradients_agree_with_finite_differences(on_input, forced, layer):
-    check_derivatives(layer, IA3(on_input), forced)
+    check_derivatives(layer, IA3(on_input, alpha=0.7), forced)
 
 
 @both
