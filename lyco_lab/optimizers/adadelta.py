@@ -4,6 +4,11 @@
     delta = sqrt(u + eps) / sqrt(v + eps) * d
     u <- rho * u + (1 - rho) * delta**2       theta <- theta - lr * delta
 
+The paper means u to be in units of theta. But u starts at 0 and so grows in units of eps, as v
+does: if eps moves by 1 / s**2 with v, sqrt(u + eps) / sqrt(v + eps) stays, and delta has the unit of
+the gradient. So the learning rate moves by s**2, eps and weight_decay by 1 / s**2, as theory/optimizers
+derives. At eps = 0 nothing ever moves.
+
 Reference: ADADELTA: An Adaptive Learning Rate Method (Zeiler, 2012),
 https://arxiv.org/abs/1212.5701
 """
@@ -22,11 +27,7 @@ class Adadelta(Optimizer):
     eps: float = 1e-6
     weight_decay: float = 0.0  # added to the gradient
 
-    no_gamma: ClassVar = (
-        "its one eps is added to the squares of gradients, which move by 1 / s**2, and to the "
-        "squares of steps, which move by s**2, and it cannot move both ways"
-    )
-    exact: ClassVar = False  # there is nothing to be exact
+    powers: ClassVar = {"lr": 2, "eps": -2, "weight_decay": -2}
 
     def __post_init__(self) -> None:
         self.check(rho=(0, 1), eps=(0, float("inf")), weight_decay=(0, float("inf")))
