@@ -32,8 +32,11 @@ Folder = Annotated[Path, typer.Option("--out", help="Where runs are kept.")]
 
 
 @contextlib.contextmanager
-def exit_codes() -> Iterator[None]:
-    """A mistake is one line and exit 2; an interruption says how to go on and exits 130."""
+def exit_codes(*, kept: bool = True) -> Iterator[None]:
+    """A mistake is one line and exit 2; an interruption says how to go on and exits 130.
+
+    `kept`: whether the same command goes on where it was interrupted.
+    """
     try:
         yield
     except UserError as error:
@@ -42,10 +45,8 @@ def exit_codes() -> Iterator[None]:
     except (KeyboardInterrupt, Interrupted) as error:
         said = f"{error}. " if isinstance(error, Interrupted) else ""
         command = shlex.join(["lyco-lab", *sys.argv[1:]])
-        typer.echo(
-            f"\ninterrupted: {said}What is done is kept; to go on: {command}",
-            err=True,
-        )
+        then = "What is done is kept; to go on" if kept else "To begin again"
+        typer.echo(f"\ninterrupted: {said}{then}: {command}", err=True)
         raise typer.Exit(130) from None
 
 
@@ -122,6 +123,46 @@ def pretrain(
         from lyco_lab.miniature.pretrain.quality import as_text
 
         typer.echo(as_text(make(out, quick=quick)))
+
+
+@app.command()
+def verify(
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="key=value of every run, as train.batch_size=2.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Names with commas between: lora,locon,loha,… [lora]")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Likewise: adamw,sgd,… [adamw]")] = None,
+    gamma: Annotated[str, typer.Option(help="Numbers, as 2^-6,0.03.")] = "2^-12",
+    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: fp32,bf16.")] = None,
+    model: Annotated[str | None, typer.Option(help="The folder of a diffusers model.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each training. [50]")] = None,
+    carry: Annotated[
+        str, typer.Option(help="Which factors take the difference: all, or zero, those at 0.")
+    ] = "all",
+    keep: Annotated[
+        str | None, typer.Option(help="A setting that is left as it is, as eps, to see its part.")
+    ] = None,
+    whole: Annotated[
+        bool, typer.Option("--all", help="Adapters x optimizers x dtypes; 10 minutes on 2 cores.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A line of JSON for each case.")] = False,
+    out: Annotated[Path | None, typer.Option(help="A CSV to write.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core.")] = None,
+) -> None:
+    """Train with two gammas, and see whether the theorem holds: bit for bit, or to rounding.
+
+    Exits 1 when an equality that the theorem claims is not found.
+    """
+    with exit_codes(kept=False):
+        from lyco_lab.verify.show import ask, show
+
+        cases = ask(
+            adapter, optimizer, gamma, dtype, model, steps, carry, keep, settings or [], whole
+        )
+        if not show(cases, _console(), workers, as_json=as_json, out=out):
+            raise typer.Exit(1)
 
 
 def _load(study: Path, settings: list[str] | None, wandb: str | None) -> "Study":

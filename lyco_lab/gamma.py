@@ -422,7 +422,7 @@ class _Form:
 
 
 def _compared(a: _Form, b: _Form) -> Equivalence:
-    for key, ours, theirs in _differences(a.rest, b.rest):
+    for key, ours, theirs in differences(a.rest, b.rest):
         why = f"{key} is {ours!r} in {a.run.name} and {theirs!r} in {b.run.name}"
         return Equivalence(False, False, why)
     if a.settings is None or b.settings is None:
@@ -498,13 +498,13 @@ def _rest(run: Run) -> dict[str, Any]:
     return rest
 
 
-def _differences(
+def differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
     for key in (*ours, *(key for key in theirs if key not in ours)):
         here, there = ours.get(key), theirs.get(key)
         if isinstance(here, Mapping) and isinstance(there, Mapping):
-            yield from _differences(here, there, f"{prefix}{key}.")
+            yield from differences(here, there, f"{prefix}{key}.")
         elif here != there:
             yield f"{prefix}{key}", here, there
 

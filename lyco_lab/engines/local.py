@@ -37,6 +37,7 @@ from lyco_lab.generate import generate
 from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
 from lyco_lab.train import train
+from lyco_lab.workers import begin
 
 Stage = Callable[[Run, Record], None]
 BY_NAME: dict[str, Stage] = dict(zip(STAGES, (prepare, train, generate, evaluate), strict=True))
@@ -201,15 +202,8 @@ def _begin(news: Any, threads: int, parent: int) -> None:
     """Set a worker up: its share of the cores, where its bars go, and whom it dies with."""
     global _news
     _news = news
-    torch.set_num_threads(threads)
+    begin(threads, parent)
     progress.send_to(news.put)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
 
 
 def _work(run: Run, root: Path, stages: list[str]) -> None:

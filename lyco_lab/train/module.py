@@ -162,7 +162,8 @@ class Training(lightning.LightningModule):
             finally:
                 averaging.train()
                 # There and back is rounded twice, and looking must not disturb the run.
-                torch._foreach_copy_(list[Tensor](self.trained), kept)
+                with torch.no_grad():
+                    torch._foreach_copy_(list[Tensor](self.trained), kept)
             return
         if self.average is None:
             yield

@@ -28,6 +28,7 @@ from lyco_lab.config import Run
 from lyco_lab.config.groups import group_of
 from lyco_lab.data import cache
 from lyco_lab.data.batches import Batches, Order
+from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import targets
@@ -89,7 +90,13 @@ def train(run: Run, record: Record) -> None:
                 Samples(run, images.captions, folder / "samples", tracker),
                 saving,
             ]
-            fit(run, module, images, first, between)
+            cached = cache.build(diffusion, images, text_states=not run.model.text_encoder)
+            if cached.cut_captions:
+                print(
+                    f"{cached.cut_captions} of {len(images.items)} captions are longer than the "
+                    "text encoder reads, and are cut"
+                )
+            fit(run, module, cached, images.repeats, first, between)
         with module.exported():
             kohya.save(record.path / ADAPTER, mounted, metadata(run, images))
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
@@ -124,17 +131,12 @@ def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
 def fit(
     run: Run,
     module: Training,
-    images: Dataset,
+    cached: Cache,
+    repeats: tuple[int, ...],
     first: int,
     between: list[lightning.Callback],
 ) -> None:
     """Steps `first` to the last, by Lightning's Trainer."""
-    cached = cache.build(module.diffusion, images, text_states=not run.model.text_encoder)
-    if cached.cut_captions:
-        print(
-            f"{cached.cut_captions} of {len(images.items)} captions are longer than the text "
-            "encoder reads, and are cut"
-        )
     with quiet(), Bar(f"{run.name}: train", run.train.steps, first) as bar:
         trainer = lightning.Trainer(
             accelerator=module.diffusion.unet.device.type,
@@ -149,7 +151,7 @@ def fit(
             use_distributed_sampler=False,
         )
         order = Order(
-            images.repeats, run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
+            repeats, run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
         )
         batches = Batches(
             cached,

@@ -1,0 +1,269 @@
+"""Which runs are compared: a run with gamma = 1, another with another gamma, and the claim.
+
+The runs are short, but nothing in them is idle: learning rates at which W' moves visibly and
+stably, decay, gradients that are clipped, a warm-up, an eps that shows.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from lyco_lab import adapters, optimizers
+from lyco_lab.config import Run
+from lyco_lab.config.compose import Layer, build, check_keys, nest, parse_overrides
+from lyco_lab.config.run import PRECISIONS, choose
+from lyco_lab.errors import UserError, nearest
+from lyco_lab.gamma import (
+    CARRIERS,
+    Equivalence,
+    equivalent,
+    is_power_of_two,
+    obstacle,
+    rewrite,
+    scales_to,
+)
+
+COMMAND_LINE = "the command line"
+STEPS = 50
+RANK = 4
+CONCEPT = "kael"
+
+# What --all asks for.
+ADAPTERS = ("lora", "locon", "tucker", "loha", "lokr", "lokr-factored", "native", "ia3", "glora",
+            "dora")  # fmt: skip
+OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "radam", "schedulefree")
+
+# Words for an adapter that are not the name of its kind, and kinds that need more than a rank to
+# show what they are: the adapter, and the preset of layers it is for.
+VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "locon": ({"kind": "lora", "rank": RANK}, "full"),
+    "tucker": ({"kind": "lora", "rank": RANK, "tucker": True}, "full"),
+    "lokr-factored": ({"kind": "lokr", "rank": 2}, None),
+    "dora": ({"kind": "dora", "of": {"kind": "lora", "rank": RANK}}, None),
+    "dylora": ({"kind": "dylora", "rank": RANK, "block_size": 2}, None),
+    "tlora": ({"kind": "tlora", "rank": RANK, "min_rank": 2}, None),
+}
+
+# Settings at which an optimizer moves W' visibly and stays stable: a learning rate, and what is not
+# as usual. Any other begins at LR, and has the EPS and the DECAY that it has fields for; a decay
+# that is added to the gradient, which is small, is smaller than one that is taken off the factors.
+LR, EPS = 3e-3, 1e-7
+DECAY, DECAY_IN_GRADIENT = 0.05, 1e-5
+RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
+    "sgd": (30.0, {"momentum": 0.9}),
+    "asgd": (300.0, {}),
+    "lion": (5e-4, {}),
+    "prodigy": (1.0, {"d0": 1e-4}),
+    "adagrad": (1e-2, {}),
+    "adafactor": (0.1, {"eps2": 0.03}),
+    "adadelta": (10.0, {}),
+    "rprop": (1e-4, {}),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two runs, and whether the theorem makes them one."""
+
+    adapter: str  # as asked for
+    optimizer: str
+    gamma: float
+    carry: str
+    keep: str | None  # the setting that A has from R, unmoved
+    base: Run  # R
+    other: Run  # A
+    strength: float  # of A's adapter: gamma, where the adapter has none of its own
+    scales: tuple[float, ...]  # the s that occur
+    claim: Equivalence | None  # None: no claim
+    no_claim: str  # why
+
+    @property
+    def name(self) -> str:
+        words = [self.adapter, self.optimizer, self.base.model.precision]
+        words.append(f"gamma={as_power(self.gamma)}")
+        if self.carry != "all":
+            words.append(f"carry={self.carry}")
+        return " ".join([*words, f"keep={self.keep}"] if self.keep else words)
+
+    @property
+    def in_bits(self) -> bool:
+        """Whether a difference in one bit is one: nothing is rounded differently."""
+        exact = self.base.optimizer_value().exact
+        return exact and all(map(is_power_of_two, self.scales))
+
+
+def cases(
+    adapters_: Sequence[str],
+    optimizers_: Sequence[str],
+    gammas: Sequence[float],
+    precisions: Sequence[str],
+    *,
+    carry: str = "all",
+    keep: str | None = None,
+    settings: Sequence[str] = (),
+) -> list[Case]:
+    """Every combination. `settings` are key=value of both runs."""
+    choose("--carry", carry, CARRIERS)
+    for precision in precisions:
+        choose("--dtype", precision, PRECISIONS)
+    given = parse_overrides(settings)
+    _check_settings(given)
+    return [
+        case
+        for adapter, optimizer, precision in itertools.product(adapters_, optimizers_, precisions)
+        for case in _of_base(base(adapter, optimizer, precision, given), adapter, optimizer,
+                             gammas, carry, keep)
+    ]  # fmt: skip
+
+
+def _of_base(
+    run: Run, adapter: str, optimizer: str, gammas: Sequence[float], carry: str, keep: str | None
+) -> Iterator[Case]:
+    for number in gammas:
+        strength, why = 1.0, _obstacle(run, number, carry)
+        scales: tuple[float, ...] = ()
+        if not why:
+            other = rewrite(run, number, carry=carry)
+            scales = tuple(sorted(set(scales_to(run, number, carry=carry).values())))
+            other = kept(run, other, keep) if keep else other
+        elif keep:
+            raise UserError(f"--keep is {keep!r}, but no setting moves: {why}")
+        elif run.adapter_value().terms((16, 16)):
+            other = with_gamma(run, number)
+        else:
+            other, strength = run, number
+        other = replace(other, name="A")
+        claim = None if why else equivalent(other, run)
+        yield Case(
+            adapter, optimizer, number, carry, keep, run, other, strength, scales, claim, why
+        )
+
+
+def _obstacle(run: Run, number: float, carry: str) -> str:
+    """Why the theorem says nothing of this run; "" where it does."""
+    if why := obstacle(run):
+        return why
+    try:
+        rewrite(run, number, carry=carry)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def with_gamma(run: Run, number: float) -> Run:
+    """The run with another gamma and no other change."""
+    return replace(run, adapter=adapters.describe(run.adapter_value().with_gamma(number)))
+
+
+def base(adapter: str, optimizer: str, precision: str, given: dict[str, Any]) -> Run:
+    """R: a short run with gamma = 1 on every layer."""
+    described, preset = adapter_of(adapter)
+    moved_by, lr = optimizer_of(optimizer)
+    steps = given.get("train.steps", STEPS)
+    whole = isinstance(steps, int) and steps > 0
+    defaults = {
+        "model": {"precision": precision, **({"preset": preset} if preset else {})},
+        "adapter": described,
+        "optimizer": moved_by,
+        "train": {
+            "steps": STEPS,
+            "batch_size": 1,
+            "lr": lr,
+            "warmup_steps": min(5, steps - 1) if whole else 5,
+            "grad_clip": 0.01,
+        },
+    }
+    if not any(key.startswith("data") for key in given):
+        defaults["data"] = {"concept": CONCEPT}
+    layers = [Layer("the recipe of lyco-lab verify", defaults), Layer(COMMAND_LINE, given)]
+    run = build("R", "verify", layers)
+    if run.adapter_value().terms((16, 16)):
+        run = with_gamma(run, 1.0)
+    return run
+
+
+def adapter_of(word: str) -> tuple[dict[str, Any], str | None]:
+    """The adapter of a word, small enough to be quick, and the preset of layers it is for."""
+    if word in VARIANTS:
+        return VARIANTS[word]
+    known = sorted({*adapters.ADAPTERS, *VARIANTS})
+    if word not in adapters.ADAPTERS:
+        hint = nearest(word, known)
+        raise UserError(f"--adapter is {word!r}, needs one of {', '.join(known)}{hint}")
+    rank = {field.name: field.default for field in fields(adapters.ADAPTERS[word])}.get("rank")
+    small = isinstance(rank, int) and rank <= 64  # a larger one says: no rank
+    return {"kind": word, **({"rank": RANK} if small else {})}, None
+
+
+def optimizer_of(word: str) -> tuple[dict[str, Any], float]:
+    """The optimizer of a word, and its learning rate."""
+    known = optimizers.OPTIMIZERS
+    if word not in known:
+        hint = nearest(word, known)
+        raise UserError(f"--optimizer is {word!r}, needs one of {', '.join(sorted(known))}{hint}")
+    lr, own = RECIPES.get(word, (LR, {}))
+    names = {field.name for field in fields(known[word])}
+    in_gradient = known[word].powers.get("weight_decay") == -2
+    common = {"eps": EPS, "weight_decay": DECAY_IN_GRADIENT if in_gradient else DECAY}
+    common = {key: value for key, value in common.items() if key in names}
+    return {"kind": word, **common, **own}, lr
+
+
+def kept(run: Run, moved: Run, setting: str) -> Run:
+    """`moved`, but for one setting that it has from `run`."""
+    rule = run.optimizer_value()
+    movable = list(dict.fromkeys(("lr", "init_scale", "grad_clip", *rule.powers)))
+    if setting not in movable:
+        kind = run.optimizer["kind"]
+        raise UserError(
+            f"--keep is {setting!r}, which does not move with gamma: for {kind!r} that can be "
+            f"{', '.join(movable)}{nearest(setting, movable)}"
+        )
+    if run.train.groups:
+        raise UserError("--keep needs a run without train.groups, whose settings move as well")
+    train, groups = run.train, []
+    for group in moved.train.groups:
+        own = {key: value for key, value in group.optimizer.items() if key != setting}
+        plain: dict[str, Any] = {"clip" if setting == "grad_clip" else setting: 1.0}
+        group = replace(group, **({"optimizer": own} if setting in group.optimizer else plain))
+        groups += [] if group.is_plain() else [group]
+    moved = replace(moved, train=replace(moved.train, groups=tuple(groups)))
+    if setting in rule.powers and setting != "lr":
+        return replace(moved, optimizer={**moved.optimizer, setting: run.optimizer[setting]})
+    names = ("lr", "text_encoder_lr") if setting == "lr" else (setting,)
+    return replace(
+        moved, train=replace(moved.train, **{name: getattr(train, name) for name in names})
+    )
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    check_keys(nest(given, COMMAND_LINE), COMMAND_LINE)
+    flags = {"adapter.kind": "--adapter", "optimizer.kind": "--optimizer",
+             "model.precision": "--dtype"}  # fmt: skip
+    for key in given:
+        first, _, last = key.rpartition(".")
+        if key in flags:
+            raise UserError(f"{key} is what {flags[key]} says: leave one of them out")
+        if first.startswith("adapter") and last.endswith("alpha"):
+            raise UserError(f"{key} is what --gamma says, and 1 in the run it is compared with")
+
+
+def parse_gamma(text: str) -> float:
+    """ "2^-12" or "0.03"."""
+    number, caret, power = text.strip().replace("**", "^").partition("^")
+    try:
+        value = float(number) ** float(power) if caret else float(number)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        value = math.nan
+    if not (isinstance(value, float) and math.isfinite(value) and value > 0):
+        raise UserError(f"--gamma is {text!r}, needs a finite number > 0, as 0.03 or 2^-6")
+    return value
+
+
+def as_power(number: float) -> str:
+    """0.25 -> "2^-2"; 0.03 -> "0.03"."""
+    if is_power_of_two(number):
+        return f"2^{math.frexp(number)[1] - 1}"
+    return f"{number:.6g}"

@@ -1,0 +1,139 @@
+"""Cases are worked on by several processes, the model and the images loaded once in each.
+
+Cases with the same R are one job, in which R trains once.
+"""
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from lyco_lab import progress
+from lyco_lab.data.folder import Dataset
+from lyco_lab.data.stage import dataset, prepare
+from lyco_lab.errors import Interrupted, UserError
+from lyco_lab.record import Record
+from lyco_lab.verify import cause
+from lyco_lab.verify.case import Case
+from lyco_lab.verify.table import Row
+from lyco_lab.verify.trace import Bench, Trace, follow
+from lyco_lab.verify.verdict import NONE, Verdict, compare
+from lyco_lab.workers import begin
+
+Job = Sequence[tuple[int, Case]]  # with their places among all
+
+
+def suggested_workers(cases: Sequence[Case]) -> int:
+    """A process per core for the embedded model, if there is work for them."""
+    if not _embedded(cases) or torch.cuda.is_available():
+        return 1
+    return max(1, min(os.cpu_count() or 1, len(jobs(cases)) // 2))
+
+
+def _embedded(cases: Sequence[Case]) -> bool:
+    return all(case.base.model.path == "miniature" for case in cases)
+
+
+def verify(cases: Sequence[Case], workers: int | None = None) -> Iterator[tuple[int, Row]]:
+    """A row for each case with its place, as they are done. Writes nothing that stays."""
+    workers = workers or suggested_workers(cases)
+    # Sums are split among threads: with one, results do not depend on the machine's cores.
+    threads = 1 if _embedded(cases) else max(1, (os.cpu_count() or 1) // workers)
+    with tempfile.TemporaryDirectory(prefix="lyco-lab-verify-") as folder:
+        record = Record.open(Path(folder), cases[0].base)
+        prepare(cases[0].base, record)
+        images = dataset(cases[0].base, record)
+        if workers > 1:
+            yield from _side_by_side(jobs(cases), images, workers, threads)
+        else:
+            with _alone(threads):
+                bench = Bench(images)
+                for job in jobs(cases):
+                    yield from work(job, bench)
+
+
+def jobs(cases: Sequence[Case]) -> list[Job]:
+    """Cases that share R together; the longest first, as far as one can tell."""
+    by_base: dict[str, list[tuple[int, Case]]] = {}
+    for place, case in enumerate(cases):
+        by_base.setdefault(case.base.hash, []).append((place, case))
+    return list(by_base.values())
+
+
+@contextmanager
+def _alone(threads: int) -> Iterator[None]:
+    """In this process, which is left as it was; without a bar for every training."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    progress.send_to(lambda news: None)
+    try:
+        yield
+    finally:
+        progress.send_to(None)
+        torch.set_num_threads(before)
+
+
+def _side_by_side(
+    jobs: list[Job], images: Dataset, workers: int, threads: int
+) -> Iterator[tuple[int, Row]]:
+    context = multiprocessing.get_context("spawn")
+    arguments = (images, threads, os.getpid())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, arguments)
+    try:
+        futures = [pool.submit(_work, job) for job in jobs]
+        for future in as_completed(futures):
+            yield from future.result()
+    except KeyboardInterrupt:  # which reaches the workers too: they finish their step
+        raise Interrupted("nothing of a verification is kept") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_bench: Bench | None = None  # a worker's
+
+
+def _begin(images: Dataset, threads: int, parent: int) -> None:
+    global _bench
+    _bench = Bench(images)
+    begin(threads, parent)
+    progress.send_to(lambda news: None)
+
+
+def _work(job: Job) -> list[tuple[int, Row]]:
+    assert _bench is not None
+    return list(work(job, _bench))
+
+
+def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
+    """Train R, and then each A."""
+    base: Trace | None = None
+    shadow: Trace | None = None
+    for place, case in job:
+        began_s = time.monotonic()
+        verdict, found = Verdict(NONE, case.base.train.steps, 0, 0.0, 0.0, None), ""
+        try:
+            if base is None:
+                base = follow(case.base, bench)
+                if base.stopped:
+                    raise UserError(f"gamma = 1: {base.stopped}")
+            other = follow(case.other, bench, strength=case.strength)
+            if not case.in_bits and shadow is None:
+                shadow = follow(case.base, bench, unit=unit(case))
+            verdict = compare(base, other, None if case.in_bits else shadow)
+            if case.claim and not verdict.equal:
+                found = cause.search(case, base, bench, verdict)
+        except UserError as error:
+            found = str(error)
+        yield place, Row.of(case, verdict, found, time.monotonic() - began_s)
+
+
+def unit(case: Case) -> float:
+    """The relative distance of neighbours among the coarsest numbers that a step computes with."""
+    coarse = case.base.optimizer_value().coarse or case.base.model.precision == "bf16"
+    return torch.finfo(torch.bfloat16 if coarse else torch.float32).eps
