@@ -5,9 +5,9 @@
     u <- rho * u + (1 - rho) * delta**2       theta <- theta - lr * delta
 
 The paper means u to be in units of theta. But u starts at 0 and so grows in units of eps, as v
-does: if eps moves by 1 / s**2 with v, sqrt(u + eps) / sqrt(v + eps) stays, and delta has the unit of
-the gradient. So the learning rate moves by s**2, eps and weight_decay by 1 / s**2, as theory/optimizers
-derives. At eps = 0 nothing ever moves.
+does: if eps moves by 1 / s**2 with v, sqrt(u + eps) / sqrt(v + eps) stays, and delta has the unit
+of the gradient. So the learning rate moves by s**2, eps and weight_decay by 1 / s**2, as
+theory/optimizers derives. At eps = 0 nothing ever moves.
 
 Reference: ADADELTA: An Adaptive Learning Rate Method (Zeiler, 2012),
 https://arxiv.org/abs/1212.5701
