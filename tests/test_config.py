@@ -90,6 +90,13 @@ def test_a_grid_is_every_combination_and_names_its_runs(study):
     assert loaded.run("rank4-full-seed0").model.preset == "full"
 
 
+def test_groups_keep_their_settings_to_themselves(study):
+    word = "train.groups=[{layers: [a], optimizer: {eps: 2}}, {layers: [b], optimizer: {%s: 3}}]"
+    for other in ("weight_decay", "eps"):
+        (run,) = study("set: {data.concept: kael}", [word % other]).runs
+        assert [group.optimizer for group in run.train.groups] == [{"eps": 2.0}, {other: 3.0}]
+
+
 VARIANTS = """
     set: {train: {steps: 40}}
     grid: {data.concept: [kael, octo]}

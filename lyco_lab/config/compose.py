@@ -236,7 +236,8 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
             if exact in allowed and value is not None and not isinstance(value, exact):
                 raise wrong
         try:
-            OmegaConf.update(schema, key, tuple(value) if isinstance(value, list) else value)
+            given = tuple(value) if isinstance(value, list) else value
+            OmegaConf.update(schema, key, given, merge=False)  # the schema serves again
         except (OmegaConfBaseException, TypeError) as error:
             raise wrong from error
         found = schema[key]
