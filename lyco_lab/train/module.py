@@ -54,7 +54,9 @@ class Training(lightning.LightningModule):
         trained = [factor for factor in factors if factor.parameter.requires_grad]
         self.trained = [factor.parameter for factor in trained]
         self.clip_weights = optimizer.weights(settings, trained)
-        self.optimizer = optimizer.build(settings, rule, trained)
+        groups = optimizer.groups(settings, rule, trained)
+        self.optimizer = optimizer.build(rule, groups)
+        self.rules = [group.rule for group in groups]
         decay = settings.ema_decay
         self.average = None if decay is None else optimizer.Average(self.factors(), decay)
         self.row: dict[str, float | None] = {}  # the current step's, filled as it proceeds
@@ -75,8 +77,9 @@ class Training(lightning.LightningModule):
             mounted.train()
             mounted.step = batch.step  # what is dropped depends on it, also after an interruption
         share = optimizer.share(batch.step, self.settings.warmup_steps)
+        own = [rule.rate(batch.step) for rule in self.rules]
+        optimizer.set_rates(self.optimizer, [share * rate for rate in own])
         share *= self.rule.rate(batch.step)
-        optimizer.set_rates(self.optimizer, share)
         text = self.settings.rate("text_encoder") if "text_encoder" in self.mounted else None
         self.row = {
             "step": batch.step + 1,

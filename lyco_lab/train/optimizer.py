@@ -35,17 +35,17 @@ class Factor:
         return f"{self.part}.{self.layer}", self.name
 
 
-def build(settings: Train, rule: Optimizer, factors: Sequence[Factor]) -> torch.optim.Optimizer:
-    """The optimizer, with a group for each part of the model and each group of the run."""
+def groups(settings: Train, rule: Optimizer, factors: Sequence[Factor]) -> list[Group]:
+    """A group for each part of the model and each group of the run."""
     together: dict[tuple[str, int], list[Factor]] = {}
     held = {id(group): number for number, group in enumerate(settings.groups, start=1)}
     for factor in factors:
         number = held.get(id(group_of(settings.groups, *factor.place)), 0)
         together.setdefault((factor.part, number), []).append(factor)
-    groups = []
+    made = []
     for (part, number), members in together.items():
         own = group_of(settings.groups, *members[0].place)
-        groups.append(
+        made.append(
             Group(
                 name=f"{part}, group {number}" if number else part,
                 parameters=[member.parameter for member in members],
@@ -53,6 +53,11 @@ def build(settings: Train, rule: Optimizer, factors: Sequence[Factor]) -> torch.
                 rule=rule.moved(own.optimizer),
             )
         )
+    return made
+
+
+def build(rule: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """The optimizer that moves these groups."""
     optimizer = rule.build(groups)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]  # `lr` follows the schedule
@@ -69,9 +74,9 @@ def share(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
-def set_rates(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Give each group this share of its learning rate."""
-    for group in optimizer.param_groups:
+def set_rates(optimizer: torch.optim.Optimizer, shares: Sequence[float]) -> None:
+    """Give each group its share of its learning rate."""
+    for group, share in zip(optimizer.param_groups, shares, strict=True):
         group["lr"] = group["base_lr"] * share
 
 

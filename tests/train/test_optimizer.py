@@ -12,7 +12,7 @@ from lyco_lab.config import Train
 from lyco_lab.config.groups import Group, check
 from lyco_lab.errors import UserError
 from lyco_lab.optimizers import OPTIMIZERS
-from lyco_lab.train.optimizer import Average, Factor, build, clip, set_rates, share, weights
+from lyco_lab.train.optimizer import Average, Factor, build, clip, groups, set_rates, share, weights
 
 ADAMW = OPTIMIZERS["adamw"]()
 
@@ -27,6 +27,14 @@ def factors(seed=0, sizes=((3, 4), (5,), (2, 2))):
     return [Factor(*place, parameter) for place, parameter in zip(places, made, strict=True)]
 
 
+def made_of(settings, rule, factors):
+    return build(rule, groups(settings, rule, factors))
+
+
+def set_all(optimizer, one):
+    set_rates(optimizer, [one] * len(optimizer.param_groups))
+
+
 def rates(optimizer):
     return {group["name"]: group["lr"] for group in optimizer.param_groups}
 
@@ -36,30 +44,30 @@ def clip_all(made, largest, settings=None):
 
 
 def test_the_warm_up_is_linear_then_constant():
-    optimizer = build(Train(lr=8.0, warmup_steps=4), ADAMW, factors())
+    optimizer = made_of(Train(lr=8.0, warmup_steps=4), ADAMW, factors())
     seen = []
     for step in range(7):
-        set_rates(optimizer, share(step, warmup_steps=4))
+        set_all(optimizer, share(step, warmup_steps=4))
         seen.append(rates(optimizer)["unet"])
     assert seen == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0, 8.0]
-    set_rates(optimizer, share(0, warmup_steps=0))
+    set_all(optimizer, share(0, warmup_steps=0))
     assert rates(optimizer) == {"unet": 8.0, "text_encoder": 8.0}
 
 
 def test_the_text_encoder_can_have_its_own_rate():
-    optimizer = build(Train(lr=8.0, text_encoder_lr=2.0), ADAMW, factors())
-    set_rates(optimizer, share(100, 20))
+    optimizer = made_of(Train(lr=8.0, text_encoder_lr=2.0), ADAMW, factors())
+    set_all(optimizer, share(100, 20))
     assert rates(optimizer) == {"unet": 8.0, "text_encoder": 2.0}
 
 
 def test_groups_multiply_and_the_last_that_matches_holds():
-    groups = (
+    given = (
         Group(factors=("b_*",), lr=16.0, optimizer={"eps": 4.0}),
         Group(layers=("text_encoder.*",), lr=0.5, clip=2.0),
     )
-    settings = Train(lr=8.0, text_encoder_lr=2.0, groups=groups)
+    settings = Train(lr=8.0, text_encoder_lr=2.0, groups=given)
     made = factors()
-    optimizer = build(settings, ADAMW, made)
+    optimizer = made_of(settings, ADAMW, made)
     expected = {"unet": 8.0, "unet, group 1": 128.0, "text_encoder, group 2": 1.0}
     assert rates(optimizer) == expected
     eps = {group["name"]: group["eps"] for group in optimizer.param_groups}
@@ -111,8 +119,8 @@ def test_one_step_matches_the_definition(kind):
     lr, decay = 0.1, 0.5
     made, rule = factors(), OPTIMIZERS[kind](weight_decay=decay)
     before = [f.parameter.detach().clone() for f in made]
-    optimizer = build(Train(lr=lr, grad_clip=None), rule, made)
-    set_rates(optimizer, share(100, 20))
+    optimizer = made_of(Train(lr=lr, grad_clip=None), rule, made)
+    set_all(optimizer, share(100, 20))
     optimizer.step()
     for old, factor in zip(before, made, strict=True):
         new = factor.parameter
