@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lyco_lab.data.cache import Cache
+from lyco_lab.diffusion.model import Sizes
 from lyco_lab.seeds import generator
 
 
@@ -50,7 +51,8 @@ class Batch(NamedTuple):
     latents_BCHW: Tensor
     noise_BCHW: Tensor
     timesteps_B: Tensor
-    text: Tensor  # B rows of the cache's
+    sizes: Sizes
+    text: dict[str, Tensor]  # B rows of each of the cache's
 
 
 def draw(cache: Cache, order: Order, step: int, *, timesteps: int, caption_dropout: float) -> Batch:
@@ -64,14 +66,16 @@ def draw(cache: Cache, order: Order, step: int, *, timesteps: int, caption_dropo
     shape = mean_BCHW.shape
     deviation_BCHW = cache.latents.std_NCHW[indices_B] * torch.randn(shape, generator=rng("latent"))
     dropped_B = torch.rand(len(indices_B), generator=rng("dropout")) < caption_dropout
-    empty = len(cache.text) - 1
+    empty = len(next(iter(cache.text.values()))) - 1
+    captions_B = torch.where(dropped_B, empty, indices_B)
     return Batch(
         step=step,
         indices_B=indices_B,
         latents_BCHW=mean_BCHW + deviation_BCHW,
         noise_BCHW=torch.randn(shape, generator=rng("noise")),
         timesteps_B=torch.randint(timesteps, (len(indices_B),), generator=rng("timestep")),
-        text=cache.text[torch.where(dropped_B, empty, indices_B)],
+        sizes=cache.sizes.rows(indices_B),
+        text={name: rows[captions_B] for name, rows in cache.text.items()},
     )
 
 

@@ -1,10 +1,12 @@
 """The diffusion loss, and one step of training on it.
 
-    z_t = sqrt(a_t) z + sqrt(1 - a_t) e        loss = mean((unet(z_t, t, text) - e)**2)
+    loss = mean((denoiser(z_t, t, c) - target)**2)
 
-with z a latent, e the noise and t the timestep that the batch brings. Only factors train; the
-model around them is frozen, and stays in evaluation mode. Factors are float32 whatever the model
-is in, and so is the loss.
+with z_t a latent z made noisy with the noise e at the timestep t, all of which the batch brings, c
+what the denoiser is told, and z_t and the target as the model's objective has them: for most,
+z_t = sqrt(a_t) z + sqrt(1 - a_t) e, and the target is e. Only factors train; the model around them
+is frozen, and stays in evaluation mode. Factors are float32 whatever the model is in, and so is the
+loss.
 """
 
 import math
@@ -43,7 +45,6 @@ class Training(lightning.LightningModule):
         self.settings = settings
         self.rule = rule
         self.models = nn.ModuleDict(diffusion.parts)  # for Lightning to see the parameters
-        self.computing = diffusion.unet.dtype  # diffusers looks through all modules each time
         factors = [
             optimizer.Factor(part, layer, name, cast(nn.Parameter, factor))
             for part, m in self.mounted.items()
@@ -96,19 +97,11 @@ class Training(lightning.LightningModule):
         return loss
 
     def loss(self, batch: Batch) -> Tensor:
-        text = batch.text
-        if "text_encoder" in self.mounted:
-            text = self.diffusion.hidden(text)
-        noisy_BCHW = self.diffusion.noise_scheduler.add_noise(
-            batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
-        )
-        predicted_BCHW = self.diffusion.unet(
-            noisy_BCHW.to(self.computing),
-            batch.timesteps_B,
-            text.to(self.computing),
-            return_dict=False,
-        )[0]
-        return F.mse_loss(predicted_BCHW.float(), batch.noise_BCHW)
+        z, e, t = batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
+        objective = self.diffusion.objective
+        conditioning = self.diffusion.condition(batch.text, batch.sizes)
+        predicted = self.diffusion.predict(objective.noisy(z, e, t), t, conditioning)
+        return F.mse_loss(predicted, objective.target(z, e, t))
 
     def configure_gradient_clipping(
         self,

@@ -108,7 +108,7 @@ def train(run: Run, record: Record) -> None:
 
 def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
     """The run's adapter on each part that trains, as it starts."""
-    parts = diffusion.parts if run.model.text_encoder else {"unet": diffusion.unet}
+    parts = diffusion.trained(run.model.text_encoder)
     adapter, mounted = run.adapter_value(), {}
     for part, model in parts.items():
         names = targets.match(model, run.model.preset, part)
@@ -139,7 +139,7 @@ def fit(
     """Steps `first` to the last, by Lightning's Trainer."""
     with quiet(), Bar(f"{run.name}: train", run.train.steps, first) as bar:
         trainer = lightning.Trainer(
-            accelerator=module.diffusion.unet.device.type,
+            accelerator=module.diffusion.denoiser.device.type,
             devices=1,
             max_epochs=1,  # the batches are one long epoch, from `first` to the end
             callbacks=[*between, Steps(bar)],
@@ -158,7 +158,7 @@ def fit(
             order,
             first,
             run.train.steps,
-            timesteps=module.diffusion.noise_scheduler.config.num_train_timesteps,
+            timesteps=module.diffusion.objective.timesteps,
             caption_dropout=run.train.caption_dropout,
         )
         trainer.fit(module, train_dataloaders=batches)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lyco_lab.data.batches import Batches, Order, draw
 from lyco_lab.data.cache import Cache
-from lyco_lab.diffusion.model import Latents
+from lyco_lab.diffusion.model import Latents, Sizes
 
 repeats = st.lists(st.integers(1, 4), min_size=1, max_size=8).map(tuple)
 sizes = st.integers(1, 9)
@@ -50,14 +50,17 @@ def test_an_epoch_shows_each_image_as_often_as_its_repeats(repeats, batch_size, 
 def cache(images=5, size=2):
     mean = torch.arange(float(images)).view(-1, 1, 1, 1).expand(-1, 4, size, size) * 10
     std = torch.full_like(mean, 0.1)
-    text = torch.arange(images + 1).view(-1, 1).expand(-1, 3)
-    return Cache(Latents(mean, std), text, cut_captions=0)
+    ids = torch.arange(images + 1).view(-1, 1).expand(-1, 3)
+    sizes = Sizes(*(torch.arange(images * 2).view(-1, 2) + 100 * i for i in range(3)))
+    return Cache(Latents(mean, std), sizes, {"ids": ids, "ids_2": 10 * ids}, cut_captions=0)
 
 
 def same(a, b):
-    return all(
-        torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for x, y in zip(a, b, strict=True)
-    )
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, tuple):
+        return all(same(x, y) for x, y in zip(a, b, strict=True))
+    return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
 
 
 def batches(start=0, stop=8, seed=0, rank=0, dropout=0.5):
@@ -96,14 +99,20 @@ def test_a_batch_is_made_of_its_images():
         torch.testing.assert_close(
             batch.latents_BCHW.mean((1, 2, 3)), batch.indices_B * 10.0, atol=0.2, rtol=0
         )
-        assert torch.equal(batch.text[:, 0], batch.indices_B)
+        assert torch.equal(batch.text["ids"][:, 0], batch.indices_B)
+        assert torch.equal(batch.text["ids_2"], 10 * batch.text["ids"])
+        for i, size_B2 in enumerate(batch.sizes):
+            assert torch.equal(size_B2[:, 0], 2 * batch.indices_B + 100 * i)
         assert ((batch.timesteps_B >= 0) & (batch.timesteps_B < 1000)).all()
 
 
 def test_dropped_captions_are_the_empty_one_at_the_asked_rate():
     order = Order((1,) * 5, 4, 0)
     rows = torch.cat(
-        [draw(cache(), order, s, timesteps=1000, caption_dropout=0.2).text for s in range(500)]
+        [
+            draw(cache(), order, s, timesteps=1000, caption_dropout=0.2).text["ids"]
+            for s in range(500)
+        ]
     )
     assert abs((rows[:, 0] == 5).float().mean().item() - 0.2) < 0.03
 
@@ -111,7 +120,7 @@ def test_dropped_captions_are_the_empty_one_at_the_asked_rate():
 def test_dropout_changes_nothing_else():
     for without, with_ in zip(batches(dropout=0.0), batches(dropout=1.0), strict=True):
         assert same(without[:-1], with_[:-1])
-        assert (with_.text == 5).all()
+        assert (with_.text["ids"] == 5).all() and (with_.text["ids_2"] == 50).all()
 
 
 def test_timesteps_cover_the_whole_range_evenly():

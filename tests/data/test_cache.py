@@ -22,15 +22,32 @@ def dataset(tiny_concept):
 def test_text_states_are_the_encoder_s_and_end_with_the_empty_caption(diffusion, dataset):
     built = cache.build(diffusion, dataset, text_states=True)
     assert built.latents.mean_NCHW.shape == (6, 4, 16, 16)
-    assert built.text.shape == (7, 32, 32)
-    torch.testing.assert_close(built.text[-1:], diffusion.encode_text([""]))
-    torch.testing.assert_close(built.text[2:3], diffusion.encode_text([dataset.captions[2]]))
-    assert not built.text.requires_grad
+    assert set(built.text) == {"hidden"}
+    hidden = built.text["hidden"]
+    assert hidden.shape == (7, 32, 32)
+    torch.testing.assert_close(hidden[-1:], diffusion.encode_text([""])["hidden"])
+    expected = diffusion.encode_text([dataset.captions[2]])["hidden"]
+    torch.testing.assert_close(hidden[2:3], expected)
+    assert not hidden.requires_grad
+
+
+def test_sizes_are_those_before_and_after_the_largest_square_was_cut_out(diffusion, tmp_path):
+    from PIL import Image
+
+    for i, size in enumerate([(64, 64), (128, 96), (40, 100)]):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("a")
+    sizes = cache.build(diffusion, read(tmp_path), text_states=True).sizes
+    assert sizes.original_N2.tolist() == [[64, 64], [96, 128], [100, 40]]
+    assert sizes.corner_N2.tolist() == [[0, 0], [0, 10], [48, 0]]  # of 64 x 85 and 160 x 64
+    assert sizes.target_N2.tolist() == [[64, 64]] * 3
 
 
 def test_tokens_are_kept_where_the_text_encoder_trains(diffusion, dataset):
     built = cache.build(diffusion, dataset, text_states=False)
-    assert torch.equal(built.text, diffusion.tokenize([*dataset.captions, ""]))
+    assert set(built.text) == {"ids"}
+    ids = diffusion.tokenize([*dataset.captions, ""])["ids"]
+    assert torch.equal(built.text["ids"], ids)
 
 
 def test_captions_that_are_cut_are_counted(diffusion, tiny_concept, tmp_path):

@@ -74,7 +74,7 @@ def test_sampled_latents_have_the_posterior_as_their_distribution():
 def test_text_is_encoded_as_the_pipeline_does_it(diffusion):
     texts = ["a red car", "", "sks circle, blue"]
     pipeline = diffusion.pipeline()
-    for text, hidden in zip(texts, diffusion.encode_text(texts), strict=True):
+    for text, hidden in zip(texts, diffusion.encode_text(texts)["hidden"], strict=True):
         expected, _ = pipeline.encode_prompt(text, "cpu", 1, do_classifier_free_guidance=False)
         torch.testing.assert_close(hidden, expected[0])
 
@@ -114,8 +114,6 @@ def test_a_model_that_predicts_something_else_is_refused(tiny_sd, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_sd, other)
     config = other / "scheduler" / "scheduler_config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"})
-    )
-    with pytest.raises(UserError, match="predicts 'v_prediction'; training needs .* 'epsilon'"):
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "sample"}))
+    with pytest.raises(UserError, match="predicts 'sample'; training needs .* 'epsilon'"):
         load(other)

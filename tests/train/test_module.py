@@ -46,7 +46,7 @@ def loss_naive(diffusion, batch, captions):
     ):
         a = remaining[t]
         noisy = (a.sqrt() * z + (1 - a).sqrt() * e).float()
-        text = diffusion.encode_text([captions[i]])
+        text = diffusion.encode_text([captions[i]])["hidden"]
         predicted = diffusion.unet(noisy[None], t[None], text).sample[0]
         losses.append(((predicted - e) ** 2).mean())
     return torch.stack(losses).mean()

@@ -1,0 +1,223 @@
+"""A Stable Diffusion model, frozen, as training and generation need it.
+
+    x  --VAE-->  z = scaling * (encoder(x) - shift)   images to latents
+    z, e, t      z_t                                  noise added at timestep t (objective.py)
+    denoiser     target ~ denoiser(z_t, t, c)         what an adapter is trained on
+
+Images cross this boundary as uint8 arrays of shape (N, height, width, 3); inside they are floats
+in [-1, 1]. The VAE stays in float32 whatever the rest is in: in half precision it overflows.
+
+A text crosses it as rows of tensors, one per caption: what the text encoders say of it ("hidden",
+"pooled"), or the numbers of its tokens ("ids", "ids_2", …) where text encoders train too and have
+to be run in every step. `condition` makes of either what the denoiser is told, c.
+"""
+
+import abc
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Generator, Tensor
+
+from lyco_lab.diffusion.objective import Objective
+
+Rows = Mapping[str, Tensor]  # by name, tensors with a row for each sample
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What the VAE says of some images: a mean and a deviation per latent, already scaled."""
+
+    mean_NCHW: Tensor
+    std_NCHW: Tensor
+
+    def sample(self, rng: Generator) -> Tensor:
+        noise = torch.randn(self.mean_NCHW.shape, generator=rng).to(self.mean_NCHW)
+        return self.mean_NCHW + self.std_NCHW * noise
+
+
+class Sizes(NamedTuple):
+    """Of N images, in pixels, height before width."""
+
+    original_N2: Tensor  # before they were resized
+    corner_N2: Tensor  # where they were cropped after that: top, left
+    target_N2: Tensor  # what is left
+
+    def rows(self, indices: Tensor) -> "Sizes":
+        return Sizes(*(tensor[indices] for tensor in self))
+
+    @classmethod
+    def whole(cls, height: int, width: int, count: int = 1) -> "Sizes":
+        """Of images that were neither resized nor cropped."""
+        size = torch.tensor([height, width]).expand(count, 2)
+        return cls(size, torch.zeros_like(size), size)
+
+
+@dataclass(frozen=True)
+class Diffusion(abc.ABC):
+    """The parts of a Stable Diffusion model: frozen, in evaluation mode.
+
+    A family is a subclass in families/, whose further fields are its text encoders and denoiser.
+    """
+
+    vae: Any
+    schedule: Mapping[str, Any]  # of noise, as a diffusers scheduler is configured
+    objective: Objective
+    dtype: torch.dtype  # of all parts but the VAE
+
+    @property
+    @abc.abstractmethod
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """The parts an adapter can be put on, the denoiser first, by the names in adapter files."""
+
+    @property
+    @abc.abstractmethod
+    def tokenizers(self) -> dict[str, Any]:
+        """What makes token numbers of texts, by the names of those numbers: "ids", "ids_2", …"""
+
+    @abc.abstractmethod
+    def read(self, ids: Rows) -> dict[str, Tensor]:
+        """What the text encoders say of tokens; differentiable."""
+
+    @abc.abstractmethod
+    def told(self, text: Rows, sizes: Sizes) -> dict[str, Tensor]:
+        """What the denoiser is told of texts that were read, and of the images' sizes."""
+
+    @abc.abstractmethod
+    def denoise(self, noisy: Tensor, time: Tensor, conditioning: Rows) -> Tensor:
+        """The denoiser's output, in its precision."""
+
+    @abc.abstractmethod
+    def pipeline(self) -> Any:
+        """A diffusers pipeline on these very modules: no second copy of the weights."""
+
+    @property
+    def denoiser(self) -> Any:
+        """The part that is always adapted."""
+        return next(iter(self.parts.values()))
+
+    def trained(self, text_encoder: bool) -> dict[str, torch.nn.Module]:
+        """The parts that a run adapts: the denoiser, and the text encoders if asked for."""
+        first, *others = self.parts
+        return {name: self.parts[name] for name in [first, *(others if text_encoder else [])]}
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images the model was trained on, in pixels."""
+        factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        side: int = self.denoiser.config.sample_size
+        return side * factor
+
+    def to(self, device: torch.device | str) -> "Diffusion":
+        for part in (*self.parts.values(), self.vae):
+            part.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode_images(self, images_NHWC: NDArray[np.uint8], batch_size: int = 16) -> Latents:
+        """Images of one size, a multiple of 8 in both directions."""
+        means, stds = [], []
+        for start in range(0, len(images_NHWC), batch_size):
+            x_NHWC = torch.from_numpy(np.ascontiguousarray(images_NHWC[start : start + batch_size]))
+            x_NCHW = x_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+            posterior = self.vae.encode(x_NCHW.to(self.vae.device)).latent_dist
+            means.append(posterior.mean)
+            stds.append(posterior.std)
+        scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        mean_NCHW = torch.cat(means)
+        if shift is not None:
+            mean_NCHW = mean_NCHW - shift
+        return Latents(scaling * mean_NCHW, scaling * torch.cat(stds))
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Token numbers (N, L), padded or cut to the text encoders' lengths."""
+        return {
+            name: tokenizer(
+                list(texts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            for name, tokenizer in self.tokenizers.items()
+        }
+
+    def too_long(self, text: str) -> bool:
+        """Whether `tokenize` would cut the end off."""
+        return any(
+            len(tokenizer(text, truncation=False, verbose=False).input_ids)
+            > tokenizer.model_max_length
+            for tokenizer in self.tokenizers.values()
+        )
+
+    @torch.no_grad()
+    def encode_text(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the text encoders say of texts, a row for each."""
+        return self.read(self.tokenize(texts))
+
+    def condition(self, text: Rows, sizes: Sizes) -> dict[str, Tensor]:
+        """What the denoiser is told. Rows of token numbers are read by the text encoders first."""
+        return self.told(self.read(text) if "ids" in text else text, sizes)
+
+    def predict(self, noisy: Tensor, t: Tensor, conditioning: Rows) -> Tensor:
+        """The denoiser's estimate of the objective's target, in float32."""
+        return self.denoise(noisy.to(self.dtype), self.objective.time(t), conditioning).float()
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        size: tuple[int, int] | None = None,
+    ) -> NDArray[np.uint8]:
+        """One image per prompt, each from its own seed whatever the batch around it.
+
+        `size`: height and width in pixels; None: as the model was trained.
+        """
+        height, width = size or (self.image_size, self.image_size)
+        images = self.pipeline()(
+            list(prompts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            height=height,
+            width=width,
+            output_type="np",
+            **self.sampling,
+        ).images
+        return (images * 255).round().astype(np.uint8)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Further arguments of the pipeline's call."""
+        return {}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and advice; their errors are raised all the same."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    loud = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    diffusers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.set_verbosity(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        diffusers_logging.set_verbosity(loud[0])
+        transformers_logging.set_verbosity(loud[1])
+        if bars:
+            transformers_logging.enable_progress_bar()
