@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lyco_lab.config import Study
     from lyco_lab.engines.local import Outcome
+    from lyco_lab.fold import Folding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -66,19 +67,23 @@ def run(
         int | None,
         typer.Option(min=1, help="Runs at a time; one per core for the embedded model, else 1."),
     ] = None,
+    fold: Annotated[
+        bool,
+        typer.Option("--fold/--no-fold", help="Train one of equivalent runs, or each of them."),
+    ] = True,
     out: Folder = Path("runs"),
 ) -> None:
     """Train, generate and evaluate what a study asks for, then compare. Skips what is done."""
     with exit_codes():
         console = _console()
         loaded = _load(study, settings, wandb)
-        _show_plan(console, loaded, out, full=dry_run)
+        _show_plan(console, loaded, out, full=dry_run, fold=fold)
         if dry_run:
             return
         from lyco_lab.engines.local import run_study, suggested_workers
 
         workers = workers or suggested_workers(loaded)
-        outcome = run_study(loaded, out, announce=console.print, workers=workers)
+        outcome = run_study(loaded, out, console.print, workers, fold=fold)
         _show_outcome(console, loaded, outcome, out)
 
 
@@ -179,22 +184,25 @@ def _console() -> "Console":
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
-def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool) -> None:
+def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fold: bool) -> None:
     """Check every run, and say what it will do: a line, or a table of all."""
     from rich.table import Table
 
     from lyco_lab.dry_run import plan
+    from lyco_lab.fold import Folding, folding
 
     plans = plan(study)
+    folded = folding(study, root) if fold else Folding(len(plans), len(plans))
     console.print(f"[bold]{study.name}[/]: {study.question}")
-    console.print(f"{len(plans)} runs in {root}", end="\n" if full else "; ")
+    console.print(f"{folded.sentence} (in {root})", end="\n" if full else "; ")
+    params = sum(p.params for p in plans if p.run.name not in folded.folds)
     if not full:
-        console.print(f"{sum(p.params for p in plans):,} trained parameters in all")
+        console.print(f"{params:,} trained parameters in all")
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("run", no_wrap=True)
-    columns = ("layers", "parameters", "images x repeats", "steps x batch", "epochs", "done")
-    for title in columns:
+    columns = ["layers", "parameters", "images x repeats", "steps x batch", "epochs", "done"]
+    for title in columns + ["as"] * bool(folded.folds):
         table.add_column(title, justify="right")
     for p in plans:
         train = p.run.train
@@ -206,8 +214,12 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool) ->
             f"{train.steps} x {train.batch_size} = {train.steps * train.batch_size}",
             f"{p.epochs:.3g}",
             ", ".join(p.stages_done(root)) or "-",
+            *([_as(folded, p.run.name)] if folded.folds else []),
         )
     console.print(table)
+    console.print(f"{params:,} trained parameters in all")
+    for each in folded.folds.values():
+        console.print(each.sentence)
     narrowed = max(p.narrowed for p in plans)
     if narrowed:
         console.print(
@@ -215,6 +227,12 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool) ->
             "what they allow, with the same gamma"
         )
     console.print(f"expected: {study.expectation}")
+
+
+def _as(folded: "Folding", name: str) -> str:
+    """The run whose result this one takes."""
+    fold = folded.folds.get(name)
+    return "" if fold is None else f"{fold.source.name}, {fold.how}"
 
 
 def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: Path) -> None:
@@ -234,6 +252,9 @@ def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: 
     for verdict in outcome.verdicts:
         colour = "green" if verdict.equal else "red"
         console.print(f"[{colour}]gamma pair[/] {verdict.sentence}")
+    for each in outcome.compared:
+        colour = {True: "green", False: "red", None: "default"}[each.holds]
+        console.print(f"[{colour}]trained apart[/] {each.sentence}")
     if any(run.wandb.mode == "offline" for run in study.runs):
         console.print(f"W&B, offline: to upload, wandb sync {root}/*/wandb/offline-run-*")
     console.print(f"report: {outcome.report}")

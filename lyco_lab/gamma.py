@@ -484,6 +484,11 @@ def _numbers(key: str, value: Any) -> dict[str, float]:
     return {} if value is None else {key: value}
 
 
+def alike(a: Run, b: Run) -> bool:
+    """Whether two runs differ in nothing but settings that a scaling of factors moves."""
+    return _rest(a) == _rest(b)
+
+
 def _rest(run: Run) -> dict[str, Any]:
     """The run's settings that no scaling of factors moves."""
     rest, rule = dict(identity(run.to_dict())), run.optimizer_value()

@@ -14,7 +14,7 @@ LIBRARY = ROOT / "lyco_lab"
 # A module may import its own package and whatever stands before it.
 ORDER = (
     "errors", "kinds", "seeds", "linalg", "record", "progress", "workers", "adapters", "optimizers",
-    "config", "formats", "diffusion", "miniature", "gamma", "data", "tracking", "train", "verify", "generate", "evaluate", "analyse",
+    "config", "formats", "diffusion", "miniature", "gamma", "fold", "data", "tracking", "train", "verify", "generate", "evaluate", "analyse",
     "report", "dry_run", "engines", "cli", "__main__",
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them

@@ -66,7 +66,7 @@ def stages(monkeypatch):
     verdicts = [compare("a", "b", {0: 0.5, 1: 0.25}, {0: 0.5, 1: 0.25})]
     outcome = local.Outcome(pd.DataFrame([row]), verdicts, Path("runs/mine/report.html"))
     monkeypatch.setattr(local, "BY_NAME", {name: stage(name) for name in STAGES})
-    monkeypatch.setattr(local, "conclude", lambda study, root: outcome)
+    monkeypatch.setattr(local, "conclude", lambda study, root, **how: outcome)
     monkeypatch.setattr(local, "check_model", lambda run, record: None)  # no model, no weights
     return ran
 

@@ -8,6 +8,9 @@ from lyco_lab.analyse import gamma_pair
 from lyco_lab.analyse.gamma_pair import Verdict
 from lyco_lab.analyse.table import study_folder, table
 from lyco_lab.config import Study
+from lyco_lab.errors import UserError
+from lyco_lab.fold import shared
+from lyco_lab.record import Record
 
 GAMMA = "gamma.csv"
 
@@ -22,6 +25,12 @@ def verdicts(study: Study, root: Path) -> list[Verdict]:
     found = []
     for gamma, rewritten in study.pairs:
         folders = [root / study.run(name).folder_name for name in (gamma, rewritten)]
+        for folder in folders:
+            if shared(Record(folder)):
+                raise UserError(
+                    f"{folder} has the result of another run, and a pair needs a training of its "
+                    "own: run the study first"
+                )
         losses = [gamma_pair.read_losses(folder / "train" / "metrics.csv") for folder in folders]
         found.append(gamma_pair.compare(gamma, rewritten, *losses))
     if found:

@@ -4,7 +4,8 @@
     analyse -> report                            for the study, in runs/STUDY
 
 A stage that is done is skipped, so running a study again goes on where it stopped, and a study
-that shares a run with another finds it done.
+that shares a run with another finds it done. Of runs that are equivalent one is carried out, and
+the others get each stage's result as soon as it is there (lyco_lab/fold.py).
 
 With several workers each run has a process of its own, with its share of the processor's cores.
 A run's folder is locked while it is worked on, and workers die with the process that began them:
@@ -16,7 +17,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -29,10 +30,12 @@ import torch
 from lyco_lab import progress
 from lyco_lab.analyse import analyse
 from lyco_lab.analyse.gamma_pair import Verdict
+from lyco_lab.analyse.unfolded import Comparison, compare
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import check_model, prepare
 from lyco_lab.errors import Interrupted
 from lyco_lab.evaluate.stage import evaluate
+from lyco_lab.fold import Fold, discard, folding, in_pairs, set_aside, share
 from lyco_lab.generate import generate
 from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
@@ -51,6 +54,7 @@ class Outcome:
     results: pd.DataFrame
     verdicts: list[Verdict]
     report: Path
+    compared: list[Comparison] = field(default_factory=list)  # of equivalent runs, each trained
 
 
 @dataclass
@@ -91,50 +95,93 @@ def run_study(
     root: Path,
     announce: Announce = print,
     workers: int = 1,
+    *,
+    fold: bool = True,
 ) -> Outcome:
-    """Whatever of the study is not done yet, below `root`; says each stage through `announce`."""
+    """Whatever of the study is not done yet, below `root`; says each stage through `announce`.
+
+    Without `fold` every run trains, also where an equivalent one has the result.
+    """
     records = {run.name: Record.open(root, run) for run in study.runs}
     for run in study.runs:
         check_model(run, records[run.name])
-    waiting = {
-        run.name: [stage for stage in STAGES if not records[run.name].done(stage)]
-        for run in study.runs
-    }
-    total, left = len(study.runs) * len(STAGES), sum(map(len, waiting.values()))
-    if left < total:
-        announce(f"{total - left} of {total} stages are done already")
-    runs = [run for run in study.runs if waiting[run.name]]
-    workers = min(workers, max(1, len(runs)))
+        if not fold or run.name in in_pairs(study):
+            set_aside(records[run.name])
+    folds = folding(study, root).folds if fold else {}
+    total = len(study.runs) * len(STAGES)
+    done = sum(record.done(stage) for record in records.values() for stage in STAGES)
+    if done:
+        announce(f"{done} of {total} stages are done already")
+    jobs = [job for job in _jobs(study, records, folds) if job]
+    workers = min(workers, max(1, len(jobs)))
     if workers > 1:
-        _side_by_side(runs, waiting, root, announce, workers, threads(study, workers))
+        _side_by_side(jobs, root, announce, workers, threads(study, workers))
     else:
         torch.set_num_threads(threads(study, workers))
-        _one_by_one(runs, waiting, records, announce)
+        _one_by_one(jobs, root, announce)
+    for record in records.values():
+        discard(record)
     announce("comparing")
-    return conclude(study, root)
+    return conclude(study, root, unfolded=not fold)
 
 
-def _one_by_one(
-    runs: Iterable[Run],
-    waiting: dict[str, list[str]],
-    records: dict[str, Record],
-    announce: Announce,
-) -> None:
-    work = [(run, stage) for run in runs for stage in waiting[run.name]]
-    clock = Clock()
-    for number, (run, stage) in enumerate(work):
-        left_s = clock.left_s([stage for _, stage in work[number:]])
-        left = "" if left_s is None else f", about {minutes(left_s)} left"
-        announce(f"[{number + 1}/{len(work)}] {run.name}: {stage}{left}")
+@dataclass(frozen=True)
+class Step:
+    """A stage of a run, to be carried out or, with a `fold`, taken from an equivalent run."""
+
+    run: Run
+    stage: str
+    fold: Fold | None = None
+
+    def take(self, root: Path) -> None:
+        record = Record(root / self.run.folder_name)
+        if self.fold is not None:
+            share(self.fold, root, self.stage)
+            return
+        with locked(record.path):
+            BY_NAME[self.stage](self.run, record)
+
+
+Job = list[Step]  # of a run and those that take its result, one after another
+
+
+def _jobs(study: Study, records: Mapping[str, Record], folds: Mapping[str, Fold]) -> Iterator[Job]:
+    for run in study.runs:
+        if run.name in folds:
+            continue
+        takers = [fold for fold in folds.values() if fold.source is run]
+        job = []
+        for stage in STAGES:
+            job.append(Step(run, stage))
+            # Every run has images of its own, by which it is seen that they are the same.
+            own = stage == STAGES[0]
+            job += [Step(fold.run, stage, None if own else fold) for fold in takers]
+        yield [step for step in job if not records[step.run.name].done(step.stage)]
+
+
+def _to_do(jobs: Iterable[Job]) -> list[str]:
+    """The stages to be carried out; taking a result takes no time."""
+    return [step.stage for job in jobs for step in job if step.fold is None]
+
+
+def _one_by_one(jobs: Iterable[Job], root: Path, announce: Announce) -> None:
+    left, clock = _to_do(jobs), Clock()
+    total = len(left)
+    for step in (step for job in jobs for step in job):
+        if step.fold is not None:
+            step.take(root)
+            continue
+        left_s = clock.left_s(left)
+        about = "" if left_s is None else f", about {minutes(left_s)} left"
+        announce(f"[{total - len(left) + 1}/{total}] {step.run.name}: {step.stage}{about}")
         began_s = time.monotonic()
-        with locked(records[run.name].path):
-            BY_NAME[stage](run, records[run.name])
-        clock.spent_s[stage].append(time.monotonic() - began_s)
+        step.take(root)
+        clock.spent_s[step.stage].append(time.monotonic() - began_s)
+        left.remove(step.stage)
 
 
 def _side_by_side(
-    runs: list[Run],
-    waiting: dict[str, list[str]],
+    jobs: list[Job],
     root: Path,
     announce: Announce,
     workers: int,
@@ -149,20 +196,18 @@ def _side_by_side(
         screen = stack.enter_context(progress.columns())
         say = screen.console.print if screen.console.is_terminal else announce
         listener = threading.Thread(
-            target=_listen, args=(news, screen, say, waiting, workers), daemon=True
+            target=_listen, args=(news, screen, say, _to_do(jobs), workers), daemon=True
         )
         listener.start()
         stack.callback(listener.join)
         stack.callback(news.put, None)  # called first: the listener's cue to end
-        jobs: list[Future[None]] = [
-            pool.submit(_work, run, root, waiting[run.name]) for run in runs
-        ]
+        at_work: list[Future[None]] = [pool.submit(_work, job, root) for job in jobs]
         try:
-            for job in as_completed(jobs):
-                job.result()
+            for future in as_completed(at_work):
+                future.result()
         except BaseException as error:
-            for job in jobs:
-                job.cancel()
+            for future in at_work:
+                future.cancel()
             # Ctrl-C reaches the workers too: they finish their step, save it, and say so.
             if isinstance(error, KeyboardInterrupt):
                 saved = "every run that was being worked on has saved its state"
@@ -170,14 +215,12 @@ def _side_by_side(
             raise
 
 
-def _listen(
-    news: Any, screen: Any, say: Announce, waiting: dict[str, list[str]], workers: int
-) -> None:
-    """Show what workers report until None arrives."""
-    total = sum(map(len, waiting.values()))
+def _listen(news: Any, screen: Any, say: Announce, left: list[str], workers: int) -> None:
+    """Show what workers report until None arrives; `left` are the stages that they will."""
+    total = len(left)
     overall = screen.add_task("all runs", total=total, note="")
     bars: dict[str, Any] = {}
-    clock, left = Clock(), [stage for stages in waiting.values() for stage in stages]
+    clock = Clock()
     while (item := news.get()) is not None:
         if isinstance(item, progress.News):
             if item.title not in bars:
@@ -206,19 +249,22 @@ def _begin(news: Any, threads: int, parent: int) -> None:
     progress.send_to(news.put)
 
 
-def _work(run: Run, root: Path, stages: list[str]) -> None:
-    record = Record.open(root, run)
-    for stage in stages:
+def _work(job: Job, root: Path) -> None:
+    for step in job:
         began_s = time.monotonic()
-        with locked(record.path):
-            BY_NAME[stage](run, record)
-        _news.put((run.name, stage, time.monotonic() - began_s))
+        step.take(root)
+        if step.fold is None:
+            _news.put((step.run.name, step.stage, time.monotonic() - began_s))
 
 
-def conclude(study: Study, root: Path) -> Outcome:
-    """The tables and the page of a study whose runs are done."""
+def conclude(study: Study, root: Path, *, unfolded: bool = False) -> Outcome:
+    """The tables and the page of a study whose runs are done.
+
+    With `unfolded` also whether equivalent runs, each trained by itself, came to the same.
+    """
     results, verdicts = analyse(study, root)
-    return Outcome(results, verdicts, page.write(study, root, results, verdicts))
+    compared = compare(study, root) if unfolded else []
+    return Outcome(results, verdicts, page.write(study, root, results, verdicts), compared)
 
 
 def minutes(seconds: float) -> str:

@@ -18,6 +18,7 @@ from lyco_lab.analyse.gamma_pair import Verdict, exact
 from lyco_lab.analyse.table import BASE, concept_name, quoted, record_of, study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import dataset
+from lyco_lab.fold import whose
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table
 from lyco_lab.record import atomic, identity
@@ -57,6 +58,7 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
         legend=list(numbers.items()),
         findings=findings(results, list(verdicts)),
         caveat=caveat(len({run.seed for run in study.runs})),
+        shared=list(filter(None, (whose(run, root) for run in study.runs))),
         heads=[(m, kind, forms[column].unit) for column, (m, kind) in quoted().items()],
         tables=[
             (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers, forms))
