@@ -12,7 +12,8 @@ silently: an image that cannot be used is an error with its name.
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -95,17 +96,29 @@ class Dataset:
 
 def read_image(file: Path) -> Image.Image:
     """`file` upright and in RGB; what is transparent becomes white."""
+    with open_image(file) as opened:
+        image = upright(opened)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+@contextmanager
+def open_image(file: Path) -> Iterator[Image.Image]:
+    """The image in `file`; whatever goes wrong with it is an error that names it."""
     try:
         with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            yield opened
     except FileNotFoundError:
         raise UserError(f"the image {file} does not exist") from None
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
         raise UserError(f"cannot read the image {file}: {error}; replace or remove it") from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turned as its file says it is to be looked at."""
+    return ImageOps.exif_transpose(image)
 
 
 def read(folder: Path, repeats: int | None = None, limit: int | None = None) -> Dataset:

@@ -1,0 +1,139 @@
+"""What was learned of each file, kept under its stamp: a folder is read once, not in every run.
+
+One row per file, in columns: of an image its size and, once it was decoded, a digest of its bytes;
+of a caption its text; of either, why it cannot be used. A row counts only while the file has the
+stamp it was read under. The memo only saves time: without it the same is read again.
+"""
+
+from array import array
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lyco_lab.data.scan import UNSETTLED, Stamp
+from lyco_lab.record import atomic
+
+VERSION = b"1"  # of what is learned; another one is read anew
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("size", pa.int64()),
+        ("modified_ns", pa.int64()),
+        ("changed_ns", pa.int64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("text", pa.string()),
+        ("problem", pa.string()),
+        ("digest", pa.binary()),
+    ],
+    metadata={b"version": VERSION},
+)
+
+
+NUMBERS = ("size", "modified_ns", "changed_ns", "width", "height")
+
+
+class Known(NamedTuple):
+    width: int = 0
+    height: int = 0
+    text: str = ""
+    problem: str = ""  # "": none
+    digest: bytes = b""  # b"": not yet decoded
+
+
+@dataclass
+class _Columns:
+    """Rows under construction."""
+
+    file: list[str] = field(default_factory=list)
+    stamp: "array[int]" = field(default_factory=lambda: array("q"))  # three per row
+    size: "array[int]" = field(default_factory=lambda: array("i"))  # width and height of each
+    text: list[str] = field(default_factory=list)
+    problem: list[str] = field(default_factory=list)
+    digest: list[bytes] = field(default_factory=list)
+
+    def add(self, file: str, stamp: Stamp, known: Known) -> None:
+        self.file.append(file)
+        self.stamp.extend(stamp)
+        self.size.extend(known[:2])
+        self.text.append(known.text)
+        self.problem.append(known.problem)
+        self.digest.append(known.digest)
+
+    def table(self) -> Any:
+        stamps = np.array(self.stamp, np.int64).reshape(-1, 3)
+        sizes = np.array(self.size, np.int32).reshape(-1, 2)
+        numbers = [*stamps.T, *sizes.T]
+        rest = [pa.array(c, SCHEMA.field(i + 6).type) for i, c in enumerate(
+            (self.text, self.problem, self.digest))]  # fmt: skip
+        return pa.table([pa.array(self.file), *map(pa.array, numbers), *rest], schema=SCHEMA)
+
+
+class Memo:
+    """Rows of before, and those learned since; files by their full path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.read = 0  # files that had to be opened
+        self._load()
+
+    def _load(self) -> None:
+        self._table = table = _read(self.path)
+        self._rows = {file: i for i, file in enumerate(table["file"].to_pylist())}
+        columns = {name: table[name].combine_chunks() for name in table.column_names}
+        self._numbers = [columns[name].to_numpy() for name in NUMBERS]
+        self._texts = [columns[name] for name in ("text", "problem", "digest")]
+        self._empty = [
+            pc.equal(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
+            for column in self._texts
+        ]
+        self._learned = _Columns()
+
+    def find(self, file: str, stamp: Stamp) -> Known | None:
+        """What is known of the file, if it is still the one that was read."""
+        row = self._rows.get(file)
+        if row is None or stamp.changed_ns == UNSETTLED:
+            return None
+        size, modified, changed, width, height = self._numbers
+        if (size[row], modified[row], changed[row]) != stamp:
+            return None
+        text, problem, digest = (
+            column[row].as_py() if not empty[row] else None
+            for column, empty in zip(self._texts, self._empty, strict=True)
+        )
+        return Known(int(width[row]), int(height[row]), text or "", problem or "", digest or b"")
+
+    def learn(self, file: str, stamp: Stamp, known: Known) -> None:
+        self.read += 1
+        self._learned.add(file, stamp, known)
+
+    def save(self) -> None:
+        """Write what is known, the later row of a file replacing the earlier."""
+        if not self._learned.file:
+            return
+        table = pa.concat_tables([self._table, self._learned.table()]).combine_chunks()
+        last = {file: i for i, file in enumerate(table["file"].to_pylist())}
+        if len(last) < len(table):
+            table = table.take(pa.array(sorted(last.values())))
+        with (
+            atomic(self.path) as temporary,
+            pa.OSFile(str(temporary), "wb") as file,
+            pa.ipc.new_file(file, SCHEMA) as writer,
+        ):
+            writer.write_table(table, max_chunksize=2**16)
+        self._load()
+
+
+def _read(path: Path) -> Any:
+    """The rows of a memo; of one that is damaged or of another version, none."""
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
+            if reader.schema.equals(SCHEMA, check_metadata=True):
+                return reader.read_all().combine_chunks()
+    except (OSError, pa.ArrowInvalid):
+        pass
+    return SCHEMA.empty_table()
