@@ -1,6 +1,6 @@
 """Theorem (gamma). Let T be homogeneous of degree m and s = gamma**(1/m). Train W + gamma T(A)
-from A_0, and W + T(A') from A'_0 = s A_0 with the hyperparameters of lyco_lab.gamma. Then at
-every step t
+from A_0, and W + T(A') from A'_0 = s A_0 with the optimiser's settings moved as it claims
+(lyco_lab.optimizers). Then at every step t
 
     A'_t = s A_t,      hence      T(A'_t) = gamma T(A_t):
 
@@ -9,8 +9,8 @@ the same weight, loss and images, and the same gradient for everything else that
 Proof. By induction on t. At t = 0 it is how A'_0 was chosen, and an optimiser's memory is empty,
 that is zero, which any power of s leaves zero. If at step t the factors and the memory of the
 second run are the scaled ones of the first, then so are the gradients (theory/gradient_identity.py;
-clipped, theory/gradient_clipping.py), and one equivariant step (theory/sgd.py, theory/adam.py)
-takes scaled states to scaled states. A schedule multiplies both runs' lr by the same number.  []
+clipped, theory/gradient_clipping.py), and one equivariant step (theory/optimizers) takes scaled
+states to scaled states. A schedule multiplies both runs' lr by the same number.  []
 
 `difference` does not use these parts, only the update rules: it trains both runs for two steps in
 symbols (the second is the first to meet a memory and a changed gradient) on the smallest adapter
@@ -23,11 +23,12 @@ from dataclasses import dataclass
 
 import sympy as sp
 
-from lyco_lab.gamma import POWERS
-from theory import Identity, reduced, sgd
+from lyco_lab.optimizers import OPTIMIZERS
+from theory import Identity, reduced
 from theory._equivariance import Values, s
-from theory.adam import HYPER as ADAM_HYPER
-from theory.adam import adam, adamw
+from theory.optimizers import sgd
+from theory.optimizers.adam import HYPER as ADAM_HYPER
+from theory.optimizers.adam import adam, adamw
 
 f = sp.Function("f", positive=True)
 
@@ -79,4 +80,6 @@ def identities() -> Iterator[Identity]:
     for training in TRAININGS:
         for degree in training.degrees:
             claim = f"{training.name}, m = {degree}: A'_t = s A_t for t = {STEPS}"
-            yield Identity(claim, difference(training, degree, POWERS[training.optimizer]))
+            yield Identity(
+                claim, difference(training, degree, OPTIMIZERS[training.optimizer].powers)
+            )

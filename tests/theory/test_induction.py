@@ -3,13 +3,20 @@
 import pytest
 import sympy as sp
 
-from lyco_lab.gamma import POWERS
+from lyco_lab.optimizers import OPTIMIZERS
 from theory.induction import TRAININGS, difference, f
 
 SETTINGS = {"SGD": ("lr", "weight_decay")} | dict.fromkeys(
     ("Adam", "AdamW"), ("lr", "eps", "weight_decay")
 )
-NUMBERS = {"s": "3/7", "lr": "1/9", "eps": "1/5", "wd": "2/7", "beta1": "4/5", "beta2": "6/7"}
+NUMBERS = {
+    "s": "3/7",
+    "lr": "1/9",
+    "eps": "1/5",
+    "weight_decay": "2/7",
+    "beta1": "4/5",
+    "beta2": "6/7",
+}
 NUMBERS |= {"momentum": "2/3", "dampening": "1/4", "a_1": "4/3", "a_2": "7/5"}
 
 
@@ -25,7 +32,7 @@ def left(training, degree, powers):
     ids=lambda value: getattr(value, "name", value),
 )
 def test_two_steps_agree_and_a_setting_left_alone_is_caught(training, degree):
-    powers = POWERS[training.optimizer]
+    powers = OPTIMIZERS[training.optimizer].powers
     assert left(training, degree, powers) < 1e-50
     for setting in SETTINGS[training.name]:
         assert left(training, degree, {**powers, setting: 0}) > 1e-4, setting
