@@ -10,23 +10,24 @@ u does not depend on the size of the gradient, and the step is in units of theta
 learning rate stays, as does weight_decay, and eps2, a size of theta, moves by s, as
 theory/optimizers derives.
 
-v is kept off 0, for gradients of 0, by a number that is no setting here. torch bounds both mean(r)
-by its eps1 and v by eps1**2 from below: those move by 1 / s**2 both, which one eps1 cannot follow.
-2**-62 is the least whose square float32 holds, and the products r c' leave float32's range where
-mean(r) would reach it: so it acts on no gradient but 0.
+Where v is 0, so is g, and u. torch's own bounds mean(r) and v from below instead, the one by its
+eps1 and the other by eps1**2, which move by 1 / s**2 both, and one eps1 cannot follow; and it forms
+r c', fourth powers of gradients, in float32. The gradients of an adapter that has just begun are
+down to 1e-16 in places, and meet both. So here means are taken in float64 and kept as their roots,
+whose range is that of g.
 
 Reference: Adafactor: Adaptive Learning Rates with Sublinear Memory Cost (Shazeer & Stern, 2018),
 https://arxiv.org/abs/1804.04235
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lyco_lab.optimizers.base import Optimizer
-
-EPS1 = 2.0**-62
 
 
 @dataclass(frozen=True)
@@ -44,13 +45,55 @@ class Adafactor(Optimizer):
         if self.d == 0:
             self.refuse("needs d > 0, got 0")
 
-    def options(self) -> dict[str, Any]:
-        return {
-            "eps": (EPS1, self.eps2),
-            "beta2_decay": self.beta2_decay,
-            "d": self.d,
-            "weight_decay": self.weight_decay,
-        }
-
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        return torch.optim.Adafactor(groups, foreach=True)
+        return Relative(groups, {})
+
+
+class Relative(torch.optim.Optimizer):
+    """The rule, factor by factor; those with more than two axes as stacks of matrices."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for theta in group["params"]:
+                if theta.grad is not None:
+                    self._move(theta, theta.grad, group)
+        return loss
+
+    def _move(self, theta: Tensor, g: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[theta]
+        t = state["step"] = state.get("step", 0) + 1
+        b = t ** group["beta2_decay"]
+        size = rms(theta.double())
+        if g.dim() > 1:
+            rows, columns = (_mean(state, name, g, b, axis) for name, axis in AXES.items())
+            root_v = rows * columns / rows.square().mean(-2, keepdim=True).sqrt()
+        else:
+            root_v = _mean(state, "entries", g, b, ())
+        u = torch.where(root_v > 0, g / root_v, 0.0)
+        u = u / max(1.0, rms(u) / group["d"])
+        lr = group["lr"]
+        theta.mul_(1 - lr * group["weight_decay"])
+        theta.sub_((max(group["eps2"], size) * min(lr, t**-0.5) * u).to(theta.dtype))
+
+
+AXES = {"rows": -1, "columns": -2}  # the axis along which a mean is taken
+
+
+def _mean(state: dict[str, Any], name: str, g: Tensor, b: float, axis: int | tuple[()]) -> Tensor:
+    """The root of the mean square along `axis`, moved by b towards that of g."""
+    square = g.double().square()
+    if axis != ():
+        square = square.mean(axis, keepdim=True)
+    kept = state.setdefault(name, g.new_zeros(square.shape))
+    kept.copy_(kept.double().square().lerp(square, b).sqrt())
+    return kept.double()
+
+
+def rms(x: Tensor) -> float:
+    """The root mean square."""
+    return float(x.square().mean().sqrt())
