@@ -74,7 +74,7 @@ def test_gamma_is_a_start_and_settings(cls, data):
 
 @pytest.mark.slow
 @every_optimizer
-@settings(max_examples=150)
+@settings(max_examples=110)
 @given(data=st.data())
 def test_gamma_is_a_start_and_settings_in_thousands_of_cases(cls, data):
     check(cls, data)

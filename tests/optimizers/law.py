@@ -57,7 +57,7 @@ SETTINGS: Mapping[str, tuple[Any, ...]] = {
     "ns_steps": (5, 3),
     "adjust_lr_fn": ("original", "match_rms_adamw"),
 }
-RATES = {"prodigy": 1.0, "adadelta": 1.0}
+RATES = {"prodigy": 0.5, "adadelta": 0.1}
 
 
 def values(cls: type[Optimizer]) -> dict[str, tuple[Any, ...]]:
