@@ -53,8 +53,7 @@ def train(run: Run, record: Record) -> None:
     if record.done(STAGE):
         return
     images = dataset(run, record)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    diffusion = load(model_folder(run.model.path), DTYPES[run.model.precision]).to(device)
+    diffusion = frozen(run)
     mounted = mount(run, diffusion)
     module = Training(diffusion, mounted, run.train, run.optimizer_value())
     folder = record.path / STAGE
@@ -68,7 +67,7 @@ def train(run: Run, record: Record) -> None:
         "trainable_params": sum(m.num_params for m in mounted.values()),
         "layers": {part: len(m.layers) for part, m in mounted.items()},
         "dataset_digest": record.facts("data")["digest"],
-        "device": device.type,
+        "device": diffusion.denoiser.device.type,
     }
     with (
         exact(None if state is None else state.threads) as threads,
@@ -90,7 +89,7 @@ def train(run: Run, record: Record) -> None:
                 Samples(run, images.captions, folder / "samples", tracker),
                 saving,
             ]
-            cached = cache.build(diffusion, images, text_states=not run.model.text_encoder)
+            cached = seen(run, diffusion, images)
             if cached.cut_captions:
                 print(
                     f"{cached.cut_captions} of {len(images.items)} captions are longer than the "
@@ -104,6 +103,17 @@ def train(run: Run, record: Record) -> None:
     record.finish(
         STAGE, train_seconds=saving.total_seconds(), threads=threads, steps=run.train.steps, **facts
     )
+
+
+def frozen(run: Run) -> Diffusion:
+    """The run's model, where it is to be trained."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load(model_folder(run.model.path), DTYPES[run.model.precision]).to(device)
+
+
+def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache:
+    """The images as the run's model sees them."""
+    return cache.build(diffusion, images, text_states=not run.model.text_encoder)
 
 
 def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:

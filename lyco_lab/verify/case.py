@@ -13,6 +13,7 @@ from typing import Any
 from lyco_lab import adapters, optimizers
 from lyco_lab.config import Run
 from lyco_lab.config.compose import Layer, build, check_keys, nest, parse_overrides
+from lyco_lab.config.groups import PLAIN, Group
 from lyco_lab.config.run import PRECISIONS, choose
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.gamma import (
@@ -20,6 +21,7 @@ from lyco_lab.gamma import (
     Equivalence,
     equivalent,
     is_power_of_two,
+    layers,
     obstacle,
     rewrite,
     scales_to,
@@ -30,20 +32,22 @@ STEPS = 50
 RANK = 4
 CONCEPT = "kael"
 
-# What --all asks for.
-ADAPTERS = ("lora", "locon", "tucker", "loha", "lokr", "lokr-factored", "native", "ia3", "glora",
-            "dora")  # fmt: skip
+PRESET = "attn-only"  # of layers, for adapters that need no convolution
+
+# What --all asks for, on 2 cores within 10 minutes: Tucker form stands for convolutions, as it has
+# layers of degree 2 and of degree 3.
+ADAPTERS = ("lora", "tucker", "loha", "lokr", "lokr-factored", "native", "ia3", "glora", "dora")
 OPTIMIZERS = ("adamw", "sgd", "lion", "adafactor", "radam", "schedulefree")
 
 # Words for an adapter that are not the name of its kind, and kinds that need more than a rank to
 # show what they are: the adapter, and the preset of layers it is for.
-VARIANTS: dict[str, tuple[dict[str, Any], str | None]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "locon": ({"kind": "lora", "rank": RANK}, "full"),
     "tucker": ({"kind": "lora", "rank": RANK, "tucker": True}, "full"),
-    "lokr-factored": ({"kind": "lokr", "rank": 2}, None),
-    "dora": ({"kind": "dora", "of": {"kind": "lora", "rank": RANK}}, None),
-    "dylora": ({"kind": "dylora", "rank": RANK, "block_size": 2}, None),
-    "tlora": ({"kind": "tlora", "rank": RANK, "min_rank": 2}, None),
+    "lokr-factored": ({"kind": "lokr", "rank": 2}, PRESET),
+    "dora": ({"kind": "dora", "of": {"kind": "lora", "rank": RANK}}, PRESET),
+    "dylora": ({"kind": "dylora", "rank": RANK, "block_size": 2}, PRESET),
+    "tlora": ({"kind": "tlora", "rank": RANK, "min_rank": 2}, PRESET),
 }
 
 # Settings at which an optimizer moves W' visibly and stays stable: a learning rate, and what is not
@@ -130,7 +134,7 @@ def _of_base(
             other = kept(run, other, keep) if keep else other
         elif keep:
             raise UserError(f"--keep is {keep!r}, but no setting moves: {why}")
-        elif run.adapter_value().terms((16, 16)):
+        elif _has_gamma(run):
             other = with_gamma(run, number)
         else:
             other, strength = run, number
@@ -152,6 +156,10 @@ def _obstacle(run: Run, number: float, carry: str) -> str:
     return ""
 
 
+def _has_gamma(run: Run) -> bool:
+    return all(layer.terms for layer in layers(run))
+
+
 def with_gamma(run: Run, number: float) -> Run:
     """The run with another gamma and no other change."""
     return replace(run, adapter=adapters.describe(run.adapter_value().with_gamma(number)))
@@ -164,7 +172,7 @@ def base(adapter: str, optimizer: str, precision: str, given: dict[str, Any]) ->
     steps = given.get("train.steps", STEPS)
     whole = isinstance(steps, int) and steps > 0
     defaults = {
-        "model": {"precision": precision, **({"preset": preset} if preset else {})},
+        "model": {"precision": precision, "preset": preset},
         "adapter": described,
         "optimizer": moved_by,
         "train": {
@@ -177,14 +185,12 @@ def base(adapter: str, optimizer: str, precision: str, given: dict[str, Any]) ->
     }
     if not any(key.startswith("data") for key in given):
         defaults["data"] = {"concept": CONCEPT}
-    layers = [Layer("the recipe of lyco-lab verify", defaults), Layer(COMMAND_LINE, given)]
-    run = build("R", "verify", layers)
-    if run.adapter_value().terms((16, 16)):
-        run = with_gamma(run, 1.0)
-    return run
+    recipe = Layer("the recipe of lyco-lab verify", defaults)
+    run = build("R", "verify", [recipe, Layer(COMMAND_LINE, given)])
+    return with_gamma(run, 1.0) if _has_gamma(run) else run
 
 
-def adapter_of(word: str) -> tuple[dict[str, Any], str | None]:
+def adapter_of(word: str) -> tuple[dict[str, Any], str]:
     """The adapter of a word, small enough to be quick, and the preset of layers it is for."""
     if word in VARIANTS:
         return VARIANTS[word]
@@ -194,7 +200,7 @@ def adapter_of(word: str) -> tuple[dict[str, Any], str | None]:
         raise UserError(f"--adapter is {word!r}, needs one of {', '.join(known)}{hint}")
     rank = {field.name: field.default for field in fields(adapters.ADAPTERS[word])}.get("rank")
     small = isinstance(rank, int) and rank <= 64  # a larger one says: no rank
-    return {"kind": word, **({"rank": RANK} if small else {})}, None
+    return {"kind": word, **({"rank": RANK} if small else {})}, PRESET
 
 
 def optimizer_of(word: str) -> tuple[dict[str, Any], float]:
@@ -223,19 +229,24 @@ def kept(run: Run, moved: Run, setting: str) -> Run:
         )
     if run.train.groups:
         raise UserError("--keep needs a run without train.groups, whose settings move as well")
-    train, groups = run.train, []
-    for group in moved.train.groups:
-        own = {key: value for key, value in group.optimizer.items() if key != setting}
-        plain: dict[str, Any] = {"clip" if setting == "grad_clip" else setting: 1.0}
-        group = replace(group, **({"optimizer": own} if setting in group.optimizer else plain))
-        groups += [] if group.is_plain() else [group]
-    moved = replace(moved, train=replace(moved.train, groups=tuple(groups)))
-    if setting in rule.powers and setting != "lr":
+    of_rule = setting in run.optimizer
+    groups = tuple(_without(group, setting, of_rule) for group in moved.train.groups)
+    groups = tuple(g for g in groups if replace(g, layers=("*",), factors=("*",)) != PLAIN)
+    moved = replace(moved, train=replace(moved.train, groups=groups))
+    if of_rule:
         return replace(moved, optimizer={**moved.optimizer, setting: run.optimizer[setting]})
     names = ("lr", "text_encoder_lr") if setting == "lr" else (setting,)
-    return replace(
-        moved, train=replace(moved.train, **{name: getattr(train, name) for name in names})
-    )
+    train = {name: getattr(run.train, name) for name in names}
+    return replace(moved, train=replace(moved.train, **train))
+
+
+def _without(group: Group, setting: str, of_rule: bool) -> Group:
+    """The group with no multiple of its own for the setting."""
+    if of_rule:
+        own = {key: value for key, value in group.optimizer.items() if key != setting}
+        return replace(group, optimizer=own)
+    plain: dict[str, Any] = {"clip" if setting == "grad_clip" else setting: 1.0}
+    return replace(group, **plain)
 
 
 def _check_settings(given: dict[str, Any]) -> None:

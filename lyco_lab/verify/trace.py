@@ -8,21 +8,19 @@ The last entry is what would be exported, which differs from what trains where i
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 
-from lyco_lab.config import Run
-from lyco_lab.data import cache
+from lyco_lab.config import Model, Run
 from lyco_lab.data.batches import Batch
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
-from lyco_lab.diffusion.model import Diffusion, load
+from lyco_lab.diffusion.model import Diffusion
 from lyco_lab.errors import Interrupted
-from lyco_lab.miniature import model_folder
 from lyco_lab.seeds import generator
 from lyco_lab.train import stage
 from lyco_lab.train.callbacks import Stop
@@ -132,17 +130,14 @@ class Bench:
 
     def __init__(self, images: Dataset) -> None:
         self.images = images
-        self.held: tuple[Any, Diffusion, Cache] | None = None
+        self.held: tuple[Model, Diffusion, Cache] | None = None
 
     def of(self, run: Run) -> tuple[Diffusion, Cache]:
-        key = (run.model.path, run.model.precision, run.model.text_encoder)
+        key = replace(run.model, preset="full")  # which layers are adapted is another matter
         if self.held is None or self.held[0] != key:
             self.held = None  # two full models may not fit
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            dtype = stage.DTYPES[run.model.precision]
-            diffusion = load(model_folder(run.model.path), dtype).to(device)
-            cached = cache.build(diffusion, self.images, text_states=not run.model.text_encoder)
-            self.held = (key, diffusion, cached)
+            diffusion = stage.frozen(run)
+            self.held = (key, diffusion, stage.seen(run, diffusion, self.images))
         return self.held[1], self.held[2]
 
 
