@@ -16,6 +16,7 @@ from types import ModuleType
 
 import sympy as sp
 from sympy.core.evalf import PrecisionExhausted
+from sympy.core.function import AppliedUndef
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,29 @@ def _is_not_zero(number: sp.Expr) -> bool:
 
 def is_zero(difference: sp.Expr | sp.MatrixBase) -> bool:
     """Whether `difference` (every entry of it) reduces to zero."""
-    entries = difference if isinstance(difference, sp.MatrixBase) else [difference]
+    matrix = isinstance(difference, sp.MatrixBase)
+    entries = list(difference) if matrix else [sp.sympify(difference)]
+    if any(map(_refuted, entries)):
+        return False
     return all(reduced(entry) == 0 for entry in entries)
+
+
+def _refuted(expression: sp.Expr) -> bool:
+    """Whether it is not zero at some numbers, which is quickly seen where a factoring takes long.
+
+    An undefined function may be any, so also x -> 1 / (1 + x**2).
+    """
+    number = expression.replace(
+        lambda e: isinstance(e, AppliedUndef), lambda e: 1 / (1 + sum(x**2 for x in e.args))
+    )
+    at = {}
+    for i, x in enumerate(sorted(number.free_symbols, key=str)):
+        if x.is_negative:
+            return False
+        fraction = sp.Float(sp.prime(i + 1), 50) / (sp.prime(i + 1) + i + 2)
+        at[x] = sp.Integer(i + 2) if x.is_integer else fraction
+    found = number.xreplace(at).evalf(50)
+    return bool(found.is_Float and abs(found) > 1e-10)
 
 
 def reduced(expression: sp.Expr) -> sp.Expr:
