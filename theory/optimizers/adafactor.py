@@ -45,10 +45,10 @@ VECTOR = STEPS | {
     "square": column("v", 2, positive=True),
 }
 MATRIX = STEPS | {
-    "theta": matrix("theta", 2, 2),
-    "grad": matrix("g", 2, 2),
+    "theta": matrix("theta", 2, 3),
+    "grad": matrix("g", 2, 3),
     "rows": column("r", 2, positive=True),
-    "columns": matrix("c", 1, 2, positive=True),
+    "columns": matrix("c", 1, 3, positive=True),
 }
 WEIGHTS = {"theta": 1, "grad": -1, "square": -2, "rows": -2, "columns": -2, "steps": 0}
 
