@@ -14,7 +14,7 @@ with eps2' = s eps2 it scales by s with lr as it is. The decay multiplies theta 
 torch keeps V above eps1**2, which scales as V does with eps1' = eps1 / s, and of a matrix keeps
 mean(r) above eps1, which scales as mean(r) does with eps1' = eps1 / s**2. One cannot do both.    []
 
-With eps1 at both places `step` is what torch.optim.Adafactor does, and without what the library's does.
+With eps1 at both places, `step` is what torch.optim.Adafactor does; without, what lyco_lab's does.
 """
 
 from collections.abc import Iterator
