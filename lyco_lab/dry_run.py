@@ -15,9 +15,9 @@ from lyco_lab.config import Data, Run, Study
 from lyco_lab.config.groups import check
 from lyco_lab.data import folder
 from lyco_lab.diffusion import targets
-from lyco_lab.diffusion.skeleton import skeleton
+from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
-from lyco_lab.miniature import model_folder
+from lyco_lab.miniature import placed
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
 
@@ -57,10 +57,9 @@ def plan(study: Study) -> list[Plan]:
 def _plan(run: Run) -> Plan:
     images, samples = _count(run.data)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
-    parts = ["unet", "text_encoder"] if run.model.text_encoder else ["unet"]
     counts, narrowed = {}, 0
-    for part in parts:
-        network = skeleton(model_folder(run.model.path), part)
+    for part in parts(placed(run.model), run.model.text_encoder):
+        network = skeleton(placed(run.model), part)
         names, adapter = targets.match(network, run.model.preset, part), run.adapter_value()
         narrow = targets.fitting(network, adapter, names)
         counts[part] = survey(network, adapter, names, options=run.options, overrides=narrow)

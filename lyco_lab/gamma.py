@@ -40,9 +40,9 @@ from lyco_lab.adapters.targeting import resolve
 from lyco_lab.config import Model, Run, Train
 from lyco_lab.config.groups import PLAIN, Group, group_of
 from lyco_lab.diffusion import targets
-from lyco_lab.diffusion.skeleton import skeleton
+from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
-from lyco_lab.miniature import model_folder
+from lyco_lab.miniature import placed
 from lyco_lab.optimizers.base import Optimizer
 from lyco_lab.record import identity
 
@@ -97,8 +97,8 @@ def layers(run: Run) -> tuple[Layer, ...]:
 @functools.lru_cache(maxsize=256)
 def _layers(model: Model, adapter: Adapter, options: Options) -> tuple[Layer, ...]:
     found = []
-    for part in ("unet", "text_encoder") if model.text_encoder else ("unet",):
-        network = skeleton(model_folder(model.path), part)
+    for part in parts(placed(model), model.text_encoder):
+        network = skeleton(placed(model), part)
         names = targets.match(network, model.preset, part)
         fitting = targets.fitting(network, adapter, names)
         for target in resolve(network, adapter, names, options, fitting):

@@ -35,7 +35,7 @@ from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
-from lyco_lab.miniature import model_folder
+from lyco_lab.miniature import placed
 from lyco_lab.miniature.prompts import Prompt, prompts
 from lyco_lab.progress import track
 from lyco_lab.record import Record, atomic, locked
@@ -79,7 +79,7 @@ def generate(run: Run, record: Record) -> None:
             f"generate.types = {list(run.generate.types)} gives no prompt for run {run.name!r}: "
             "concepts of the category 'style' have none of the type 'style'"
         )
-    diffusion = load(model_folder(run.model.path)).to(
+    diffusion = load(placed(run.model)).to(
         "cuda" if torch.cuda.is_available() else "cpu"
     )
     base = base_folder(run, record)
@@ -233,7 +233,7 @@ def base_folder(run: Run, record: Record) -> Path:
     """
     name = run.data.concept or Path(str(run.data.folder)).name
     depends = {
-        "model": fingerprint(model_folder(run.model.path)),
+        "model": fingerprint(placed(run.model)),
         "concept": run.data.concept,
         "images": record.facts("data")["digest"],
         "generate": run.to_dict()["generate"],

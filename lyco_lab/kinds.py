@@ -98,7 +98,6 @@ class Family(Generic[Thing]):
 def _concrete(parent: type, package: str) -> Iterator[type]:
     child: type
     for child in parent.__subclasses__():
-        if child.__module__.startswith(f"{package}."):
-            if not inspect.isabstract(child):
-                yield child
-            yield from _concrete(child, package)
+        if child.__module__.startswith(f"{package}.") and not inspect.isabstract(child):
+            yield child
+        yield from _concrete(child, package)

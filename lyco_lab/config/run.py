@@ -20,6 +20,8 @@ from lyco_lab.optimizers.base import Optimizer
 
 PRECISIONS = ("fp32", "bf16")
 LAYER_PRESETS = ("attn-only", "attn-mlp", "full")
+WEIGHTS = ("ema", "non-ema")
+PREDICTIONS = ("epsilon", "v_prediction")
 PROMPT_TYPES = ("train", "trigger", "alter", "style")
 TRIGGER_RULES = ("drop", "keep", "class")
 WANDB_MODES = ("offline", "online", "disabled")
@@ -49,12 +51,23 @@ def at_least(key: str, value: float | None, least: int) -> None:
 @dataclass(frozen=True, kw_only=True)
 class Model:
     path: str = "miniature"
+    family: str | None = None
+    weights: str | None = None
+    prediction: str | None = None
+    tokenizer: str | None = None
+    clip_skip: int = 1
     preset: str = "attn-mlp"
     text_encoder: bool = False
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
-        need(bool(self.path), "model.path", self.path, "'miniature' or a diffusers folder")
+        needed = "'miniature', a diffusers folder, a .safetensors or .ckpt file, or owner/name"
+        need(bool(self.path), "model.path", self.path, needed)
+        for key, choices in (("weights", WEIGHTS), ("prediction", PREDICTIONS)):
+            if getattr(self, key) is not None:
+                choose(f"model.{key}", getattr(self, key), choices)
+        need(self.tokenizer != "", "model.tokenizer", self.tokenizer, "null or a folder")
+        at_least("model.clip_skip", self.clip_skip, 1)
         choose("model.preset", self.preset, LAYER_PRESETS)
         choose("model.precision", self.precision, PRECISIONS)
 
@@ -107,7 +120,7 @@ class Train:
 
     def rate(self, part: str) -> float:
         """The learning rate of a part of the model, before its schedule."""
-        own = self.text_encoder_lr if part == "text_encoder" else None
+        own = self.text_encoder_lr if part.startswith("text_encoder") else None
         return self.lr if own is None else own
 
 

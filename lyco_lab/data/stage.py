@@ -10,7 +10,7 @@ from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset, read, read_image
 from lyco_lab.diffusion.model import fingerprint
 from lyco_lab.errors import UserError
-from lyco_lab.miniature import concepts, model_folder
+from lyco_lab.miniature import concepts, placed
 from lyco_lab.record import Record
 
 STAGE = "data"
@@ -30,7 +30,7 @@ def prepare(run: Run, record: Record) -> None:
         digest=found.digest(),
         images=len(found.items),
         samples_per_epoch=found.samples_per_epoch,
-        model=fingerprint(model_folder(run.model.path)),
+        model=fingerprint(placed(run.model)),
     )
 
 
@@ -38,7 +38,7 @@ def check_model(run: Run, record: Record) -> None:
     """A run that began on other weights than the model's present ones is not this run."""
     if not record.done(STAGE):
         return
-    then, now = record.facts(STAGE)["model"], fingerprint(model_folder(run.model.path))
+    then, now = record.facts(STAGE)["model"], fingerprint(placed(run.model))
     if then != now:
         raise UserError(
             f"{record.path} began on other weights of {run.model.path!r} (fingerprint "

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from lyco_lab.diffusion.objective import Objective
+from lyco_lab.diffusion.source import Source
 
 Rows = Mapping[str, Tensor]  # by name, tensors with a row for each sample
 
@@ -59,27 +60,41 @@ class Sizes(NamedTuple):
         return cls(size, torch.zeros_like(size), size)
 
 
+class Words(NamedTuple):
+    """A kind of tokenizer, and the token that fills up short texts where no file says so."""
+
+    cls: str = "transformers.CLIPTokenizer"
+    pad: str | None = None
+
+
 @dataclass(frozen=True)
 class Diffusion(abc.ABC):
     """The parts of a Stable Diffusion model: frozen, in evaluation mode.
 
-    A family is a subclass in families/, whose further fields are its text encoders and denoiser.
+    A family is a subclass in families/. Its further fields are called as its parts are in a
+    diffusers folder.
     """
+
+    networks: ClassVar[Mapping[str, str]]  # the denoiser first, then text encoders -> their classes
+    words: ClassVar[Mapping[str, Words]]  # tokenizers -> their kinds
+    optional: ClassVar[tuple[str, ...]] = ()  # the parts that a model may lack
+    skips_layers: ClassVar[bool] = False  # whether a model may be used with its clip skipped
+    metadata: ClassVar[Mapping[str, str]]  # what an adapter's file says of the family
 
     vae: Any
     schedule: Mapping[str, Any]  # of noise, as a diffusers scheduler is configured
     objective: Objective
     dtype: torch.dtype  # of all parts but the VAE
 
-    @property
+    @classmethod
     @abc.abstractmethod
-    def parts(self) -> dict[str, torch.nn.Module]:
-        """The parts an adapter can be put on, the denoiser first, by the names in adapter files."""
+    def fits(cls, source: Source) -> bool:
+        """Whether the model is one of this family."""
 
-    @property
-    @abc.abstractmethod
-    def tokenizers(self) -> dict[str, Any]:
-        """What makes token numbers of texts, by the names of those numbers: "ids", "ids_2", …"""
+    @classmethod
+    def more(cls, source: Source) -> dict[str, Any]:
+        """Fields that are neither a network nor a tokenizer."""
+        return {}
 
     @abc.abstractmethod
     def read(self, ids: Rows) -> dict[str, Tensor]:
@@ -98,14 +113,33 @@ class Diffusion(abc.ABC):
         """A diffusers pipeline on these very modules: no second copy of the weights."""
 
     @property
+    def parts(self) -> dict[str, Any]:
+        """The parts an adapter can be put on, the denoiser first, by the names in adapter files."""
+        parts = {name: getattr(self, name) for name in self.networks}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @property
+    def tokenizers(self) -> dict[str, Any]:
+        """By what their numbers are called: "ids", "ids_2", …"""
+        found = {name.replace("tokenizer", "ids"): getattr(self, name) for name in self.words}
+        return {name: tokenizer for name, tokenizer in found.items() if tokenizer is not None}
+
+    @property
     def denoiser(self) -> Any:
         """The part that is always adapted."""
         return next(iter(self.parts.values()))
 
-    def trained(self, text_encoder: bool) -> dict[str, torch.nn.Module]:
+    def trained(self, text_encoder: bool) -> dict[str, Any]:
         """The parts that a run adapts: the denoiser, and the text encoders if asked for."""
-        first, *others = self.parts
-        return {name: self.parts[name] for name in [first, *(others if text_encoder else [])]}
+        parts = self.parts
+        return parts if text_encoder else dict(list(parts.items())[:1])
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What an adapter's file says of the model it was trained on."""
+        velocity = self.objective.name == "v_prediction"
+        predicts = {"modelspec.prediction_type": "v" if velocity else self.objective.name}
+        return {**self.metadata, **predicts, "ss_v_parameterization": str(velocity)}
 
     @property
     def image_size(self) -> int:
@@ -183,22 +217,36 @@ class Diffusion(abc.ABC):
         `size`: height and width in pixels; None: as the model was trained.
         """
         height, width = size or (self.image_size, self.image_size)
-        images = self.pipeline()(
+        latents_NCHW = self.pipeline()(
             list(prompts),
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             height=height,
             width=width,
-            output_type="np",
-            **self.sampling,
+            output_type="latent",
         ).images
-        return (images * 255).round().astype(np.uint8)
+        return self.decode_images(latents_NCHW)
 
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Further arguments of the pipeline's call."""
-        return {}
+    @torch.no_grad()
+    def decode_images(self, latents_NCHW: Tensor) -> NDArray[np.uint8]:
+        """What `encode_images` made latents of; in float32, as it is done there."""
+        scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
+        latents_NCHW = latents_NCHW.float() / scaling
+        if shift is not None:
+            latents_NCHW = latents_NCHW + shift
+        x_NCHW = self.vae.decode(latents_NCHW, return_dict=False)[0]
+        x_NHWC = (x_NCHW * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+        return (x_NHWC * 255).round().astype(np.uint8)
+
+    def ddim(self) -> Any:
+        """A sampler that follows the model's own schedule."""
+        from diffusers import DDIMScheduler
+
+        # Latents have no range to be clipped to, and a configuration may leave that to a default.
+        return DDIMScheduler.from_config(
+            dict(self.schedule), prediction_type=self.objective.name, clip_sample=False
+        )
 
 
 @contextmanager

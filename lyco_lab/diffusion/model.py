@@ -1,77 +1,135 @@
-"""Models on disk: a `Diffusion` from the path that a study names, and their fingerprint."""
+"""Models on disk: a `Diffusion` from what a study says of its model, and their fingerprint."""
 
 import hashlib
+import importlib
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lyco_lab.config import Model
 from lyco_lab.diffusion.base import Diffusion, Latents, Sizes, quiet
-from lyco_lab.diffusion.families.sd1 import SD1
+from lyco_lab.diffusion.families import of
 from lyco_lab.diffusion.objective import of_scheduler
+from lyco_lab.diffusion.source import Source, find
 from lyco_lab.errors import UserError
 
-__all__ = ["Diffusion", "Latents", "Sizes", "fingerprint", "load"]
+__all__ = ["Diffusion", "Latents", "Sizes", "fingerprint", "load", "network", "opened"]
 
 MEGABYTE = 2**20
-NEEDED = SD1.PARTS
+CHOICES = ("weights", "prediction", "tokenizer", "clip_skip")  # that change what a model does
+
+Named = Model | str | Path  # a path alone means the defaults of all settings
 
 
-def fingerprint(folder: Path) -> str:
-    """Eight hex digits that change with the model's weights.
+def opened(model: Named) -> tuple[Source, type[Diffusion]]:
+    """Where the model's parts are, and its family; reads no weights."""
+    source = find(model if isinstance(model, Model) else Model(path=str(model)))
+    family, skip = of(source), source.model.clip_skip
+    if skip != 1 and not family.skips_layers:
+        raise UserError(
+            f"model.clip_skip is {skip}, but {source.name} is of the family "
+            f"{family.__name__.lower()!r}, whose text encoders' layers are chosen already: needs 1"
+        )
+    return source, family
+
+
+def load(model: Named, dtype: torch.dtype = torch.float32) -> Diffusion:
+    """The model, all parts in `dtype` but the VAE. It is never fetched from anywhere."""
+    source, family = opened(model)
+    given = [part for part in (*family.words, *family.networks) if present(source, family, part)]
+    missing = source.missing([*given, "vae", "scheduler"])
+    if missing:
+        raise UserError(f"{source.name} is not a whole model: it has no {', '.join(missing)}")
+    schedule = source.schedule()
+    made: dict[str, Any] = {
+        "schedule": schedule,
+        "objective": of_scheduler(
+            schedule, source.model.prediction or source.prediction, source.name
+        ),
+        "dtype": dtype,
+    }
+    with quiet():
+        for part in given:
+            if part in family.networks:
+                made[part] = network(source, family, part, dtype)
+            else:
+                words = family.words[part]
+                made[part] = source.tokenizer(imported(words.cls), part, words.pad)
+        made["vae"] = source.network(imported("diffusers.AutoencoderKL"), "vae", torch.float32)
+    diffusion = family(**made, **family.more(source))
+    check(source, diffusion)
+    for module in (*diffusion.parts.values(), diffusion.vae):
+        module.requires_grad_(False).eval()
+    if not torch.cuda.is_available() and hasattr(diffusion, "unet"):
+        from diffusers.models.attention_processor import AttnProcessor
+
+        # On a CPU the fused attention's backward pass is slower than the plain one.
+        diffusion.denoiser.set_attn_processor(AttnProcessor())
+    return diffusion
+
+
+def network(source: Source, family: type[Diffusion], part: str, dtype: torch.dtype | None) -> Any:
+    """A denoiser or text encoder with its weights; without them, where `dtype` is None."""
+    cls = imported(family.networks[part])
+    made: Any = source.skeleton(cls, part) if dtype is None else source.network(cls, part, dtype)
+    skip = source.model.clip_skip - 1
+    if skip and part.startswith("text_encoder"):
+        encoder = made.get_submodule("encoder")
+        if skip >= len(encoder.layers):
+            raise UserError(
+                f"model.clip_skip is {skip + 1}, but the text encoder of {source.name} has "
+                f"{len(encoder.layers)} layers: needs at most that"
+            )
+        # What comes after the layer that is used, could be neither trained nor seen.
+        del encoder.layers[-skip:]
+        made.config.num_hidden_layers = len(encoder.layers)
+    return made
+
+
+def imported(name: str) -> Any:
+    """A class of diffusers or transformers; both take seconds to import, so only when needed."""
+    library, _, cls = name.partition(".")
+    return getattr(importlib.import_module(library), cls)
+
+
+def present(source: Source, family: type[Diffusion], part: str) -> bool:
+    """Whether the model has a part, as far as it may lack it."""
+    return part not in family.optional or source.has(part)
+
+
+def check(source: Source, diffusion: Diffusion) -> None:
+    """Models of a known layout that are made for something else."""
+    takes = diffusion.denoiser.config.in_channels
+    channels = diffusion.vae.config.latent_channels
+    if takes != channels:
+        raise UserError(
+            f"{source.name} takes {takes} channels where its VAE gives {channels}: it is no "
+            "text-to-image model, but one for inpainting or the like"
+        )
+    if getattr(diffusion.vae.config, "latents_mean", None) is not None:
+        raise UserError(f"the latents of {source.name} are normalised by channel: not supported")
+
+
+def fingerprint(model: Named) -> str:
+    """Eight hex digits that change with the model's weights and with the settings on using them.
 
     Of each weight file: name, size, and the first and last megabyte. All of a full-size model
     would take a minute to read, and another training moves these bytes too.
     """
+    source, family = opened(model)
     digest = hashlib.blake2b(digest_size=4)
-    for part in NEEDED:
-        for file in sorted((folder / part).glob("*.safetensors")):
-            size = file.stat().st_size
-            digest.update(f"{part}/{file.name}:{size}".encode())
-            with file.open("rb") as opened:
-                digest.update(opened.read(MEGABYTE))
-                opened.seek(max(0, size - MEGABYTE))
-                digest.update(opened.read())
+    for name, file in source.files([*family.networks, "vae"]).items():
+        size = file.stat().st_size
+        digest.update(f"{name}:{size}".encode())
+        with file.open("rb") as opened_file:
+            digest.update(opened_file.read(MEGABYTE))
+            opened_file.seek(max(0, size - MEGABYTE))
+            digest.update(opened_file.read())
+    defaults = asdict(Model())
+    chosen = {k: v for k, v in asdict(source.model).items() if k in CHOICES and v != defaults[k]}
+    if chosen:
+        digest.update(json.dumps(chosen).encode())
     return digest.hexdigest()
-
-
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> Diffusion:
-    """The model in the diffusers folder `path`, which is never fetched from anywhere."""
-    folder = Path(path)
-    missing = [name for name in NEEDED if not (folder / name).is_dir()]
-    if missing:
-        raise UserError(
-            f"model.path is {str(path)!r}, which is not a folder saved by diffusers: "
-            f"it has no {', '.join(missing)}"
-        )
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from diffusers.models.attention_processor import AttnProcessor
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    def part(cls: Any, name: str, **options: Any) -> Any:
-        try:
-            return cls.from_pretrained(folder, subfolder=name, local_files_only=True, **options)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            first_line = str(error).strip().splitlines()[0]
-            raise UserError(
-                f"cannot load {name} of model.path={str(path)!r}: {first_line}"
-            ) from error
-
-    with quiet():
-        schedule = dict(DDPMScheduler.load_config(folder / "scheduler"))
-        diffusion = SD1(
-            tokenizer=part(CLIPTokenizer, "tokenizer"),
-            # A folder may hold float16, which is too coarse to train on: always asked for by name.
-            text_encoder=part(CLIPTextModel, "text_encoder", dtype=dtype),
-            unet=part(UNet2DConditionModel, "unet", torch_dtype=dtype),
-            vae=part(AutoencoderKL, "vae", torch_dtype=torch.float32),
-            schedule=schedule,
-            objective=of_scheduler(schedule, None, repr(str(path))),
-            dtype=dtype,
-        )
-    for module in (diffusion.text_encoder, diffusion.unet, diffusion.vae):
-        module.requires_grad_(False).eval()
-    if not torch.cuda.is_available():
-        # On a CPU the fused attention's backward pass is slower than the plain one.
-        diffusion.unet.set_attn_processor(AttnProcessor())
-    return diffusion

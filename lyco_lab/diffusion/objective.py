@@ -154,6 +154,11 @@ def of_scheduler(config: Mapping[str, Any], prediction: str | None, where: str) 
     if kind.startswith(("EDM", "Cosine", "VQ")):
         raise UserError(f"{where} has the scheduler {kind}, whose objective is not supported")
     name = prediction or config.get("prediction_type", "epsilon")
+    if name is None:
+        raise UserError(
+            f"{where} does not say what it predicts: set model.prediction to v_prediction for the "
+            "models of 768 pixels, to epsilon for the base models of 512"
+        )
     known = {cls.name: cls for cls in (Epsilon, Velocity)}
     if name not in known:
         raise UserError(

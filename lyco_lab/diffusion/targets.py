@@ -1,6 +1,6 @@
 """Which layers of a Stable Diffusion each preset adapts.
 
-    preset      UNet                                        text encoder (CLIP)
+    preset      UNet                                        text encoders (CLIP)
     attn-only   projections of self- and cross-attention    q, k, v and out projections
     attn-mlp    all of each transformer block, with its     attention and MLP
                 feed-forward and 1x1 proj_in, proj_out
@@ -9,6 +9,9 @@
 
 These are the paper's three. Linear layers and convolutions are adapted; norms and embeddings are
 not. A layer belongs to a preset when a block of a listed class, or a listed name, contains it.
+
+Of a denoiser that is a transformer, attn-only takes the attention, attn-mlp the feed-forward with
+it, and full every layer. Of T5 the attention and the feed-forward are called by other names.
 """
 
 from torch import nn
@@ -20,17 +23,26 @@ from lyco_lab.adapters.options import Override
 from lyco_lab.errors import UserError, nearest
 
 PRESETS = ("attn-only", "attn-mlp", "full")
-PARTS = ("unet", "text_encoder")
+DENOISERS = ("unet", "transformer")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PARTS = (*DENOISERS, *TEXT_ENCODERS)
 
 # Class names, not classes: both libraries keep several classes of one name and role.
-ATTENTION = {"unet": {"Attention"}, "text_encoder": {"CLIPAttention"}}
+ATTENTION = {
+    "unet": {"Attention"},
+    "transformer": {"Attention"},
+    "text_encoder": {"CLIPAttention", "T5Attention"},
+}
 TRANSFORMER = {
     "unet": ATTENTION["unet"] | {"Transformer2DModel"},
-    "text_encoder": ATTENTION["text_encoder"] | {"CLIPMLP"},
+    "transformer": ATTENTION["transformer"] | {"FeedForward"},
+    "text_encoder": ATTENTION["text_encoder"]
+    | {"CLIPMLP", "T5DenseActDense", "T5DenseGatedActDense"},
 }
 EVERYTHING = {
     "unet": TRANSFORMER["unet"]
     | {"ResnetBlock2D", "Downsample2D", "Upsample2D", "TimestepEmbedding"},
+    "transformer": {"SD3Transformer2DModel"},
     "text_encoder": TRANSFORMER["text_encoder"],
 }
 BLOCKS = dict(zip(PRESETS, (ATTENTION, TRANSFORMER, EVERYTHING), strict=True))
@@ -44,10 +56,11 @@ def match(root: nn.Module, preset: str, part: str) -> list[str]:
         raise UserError(f"unknown preset {preset!r}{nearest(preset, PRESETS)}: one of {known}")
     if part not in PARTS:
         raise UserError(f"unknown part {part!r}{nearest(part, PARTS)}: one of {', '.join(PARTS)}")
+    kind = "text_encoder" if part in TEXT_ENCODERS else part
     blocks = [
         f"{name}." if name else ""
         for name, module in root.named_modules()
-        if BLOCKS[preset][part] & {cls.__name__ for cls in type(module).__mro__}
+        if BLOCKS[preset][kind] & {cls.__name__ for cls in type(module).__mro__}
     ]
     loose = LOOSE.get((preset, part), set())
     names = [
@@ -57,7 +70,7 @@ def match(root: nn.Module, preset: str, part: str) -> list[str]:
         and (name in loose or any(name.startswith(block) for block in blocks))
     ]
     if not names:
-        wanted = ", ".join(sorted(BLOCKS[preset][part] | loose))
+        wanted = ", ".join(sorted(BLOCKS[preset][kind] | loose))
         raise UserError(
             f"preset {preset!r} matches no layer of the {part} {type(root).__name__}: "
             f"it has none of {wanted}"

@@ -3,6 +3,8 @@
     lora_unet_LAYER.SUFFIX              LAYER is the module's path with '_' for '.'
     lora_te_text_model_LAYER.SUFFIX     the CLIP text encoder, whether or not its class still has
                                         the `text_model` wrapper that the layout spells out
+    lora_te1_, lora_te2_text_model_…    the text encoders of a model that has several
+    lora_transformer_LAYER.SUFFIX       a denoiser that is a transformer
 
 Each adapter's own file says how its factors are called here. Beside them a layer has
 
@@ -41,7 +43,14 @@ from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.record import atomic
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_text_model_"}
+PREFIXES = {
+    "unet": "lora_unet_",
+    "transformer": "lora_transformer_",
+    "text_encoder": "lora_te_text_model_",
+    "text_encoder_2": "lora_te2_text_model_",
+    "text_encoder_3": "lora_te3_",
+}
+FIRST_OF_SEVERAL = "lora_te1_text_model_"  # the text encoder, where it is not the only one
 OURS = "lyco_lab.adapter"  # the metadata key under which a file names its adapters
 LAYERS, OPTIONS = "lyco_lab.layers", "lyco_lab.options"
 ALPHA = "alpha"
@@ -74,11 +83,12 @@ def save(
         raise UserError(f"{path} is not a file of lyco_lab: move it away or write elsewhere")
     order = list(PREFIXES)  # whatever order the caller has them in
     parts = dict(sorted(parts.items(), key=lambda item: [*order, item[0]].index(item[0])))
+    several = "text_encoder_2" in parts
     tensors: dict[str, Tensor] = {}
     for part, mounted in parts.items():
         for name in mounted.layers:
             for suffix, tensor in _file_tensors(mounted, name).items():
-                key = f"{file_layer(part, name)}.{suffix}"
+                key = f"{file_layer(part, name, several=several)}.{suffix}"
                 if key in tensors:
                     raise UserError(f"two layers of the {part} are both {key} in a kohya file")
                 tensors[key] = _rounded(key, tensor, dtype)
@@ -93,9 +103,10 @@ def load(path: Path) -> tuple[dict[str, Layers], dict[str, str]]:
     parts: dict[str, Layers] = {}
     for key, tensor in safetensors.torch.load_file(path).items():
         layer, _, suffix = key.partition(".")
-        part = next((part for part, prefix in PREFIXES.items() if key.startswith(prefix)), None)
+        prefixes = [*PREFIXES.items(), ("text_encoder", FIRST_OF_SEVERAL)]
+        part = next((part for part, prefix in prefixes if key.startswith(prefix)), None)
         if part is None or not suffix:
-            known = ", ".join(PREFIXES.values())
+            known = ", ".join(prefix for _, prefix in prefixes)
             raise UserError(f"{path} holds {key!r}: an adapter's keys begin with one of {known}")
         parts.setdefault(part, {}).setdefault(layer, {})[suffix] = tensor
     return parts, metadata
@@ -115,7 +126,7 @@ def apply(path: Path, models: Mapping[str, nn.Module]) -> dict[str, Mounted]:
         if part not in models or part not in described:
             lacking = "model was given" if part not in models else f"adapter is in its {OURS!r}"
             raise UserError(f"{path} adapts the {part}, but no {lacking} for it")
-        known = file_layers(part, models[part])
+        known = file_layers(part, models[part], several="text_encoder_2" in parts)
         states[part], chosen[part] = {}, {}
         for layer, tensors in layers.items():
             if len(known.get(layer, [])) != 1:
@@ -156,20 +167,21 @@ def mount(
     return mounted
 
 
-def file_layer(part: str, name: str) -> str:
-    """What the layout calls the layer `name` of a part."""
+def file_layer(part: str, name: str, *, several: bool = False) -> str:
+    """What the layout calls the layer `name` of a part. `several`: text encoders are numbered."""
     if part not in PREFIXES:
         raise UserError(f"unknown part {part!r}{nearest(part, PREFIXES)}: {', '.join(PREFIXES)}")
-    if part == "text_encoder":
+    prefix = FIRST_OF_SEVERAL if several and part == "text_encoder" else PREFIXES[part]
+    if prefix.endswith("text_model_"):
         name = name.removeprefix("text_model.")
-    return PREFIXES[part] + name.replace(".", "_")
+    return prefix + name.replace(".", "_")
 
 
-def file_layers(part: str, model: nn.Module) -> dict[str, list[str]]:
+def file_layers(part: str, model: nn.Module, *, several: bool = False) -> dict[str, list[str]]:
     """The layers that can carry an adapter, by what the layout calls them."""
     found = defaultdict(list)
     for name in adaptable(model):
-        found[file_layer(part, name)].append(name)
+        found[file_layer(part, name, several=several)].append(name)
     return dict(found)
 
 

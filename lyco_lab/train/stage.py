@@ -34,7 +34,7 @@ from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.formats import kohya
-from lyco_lab.miniature import model_folder
+from lyco_lab.miniature import placed
 from lyco_lab.progress import Bar
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
@@ -97,7 +97,8 @@ def train(run: Run, record: Record) -> None:
                 )
             fit(run, module, cached, images.repeats, first, between)
         with module.exported():
-            kohya.save(record.path / ADAPTER, mounted, metadata(run, images))
+            noted = metadata(run, images) | diffusion.described
+            kohya.save(record.path / ADAPTER, mounted, noted)
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
     record.finish(
@@ -108,7 +109,7 @@ def train(run: Run, record: Record) -> None:
 def frozen(run: Run) -> Diffusion:
     """The run's model, where it is to be trained."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load(model_folder(run.model.path), DTYPES[run.model.precision]).to(device)
+    return load(placed(run.model), DTYPES[run.model.precision]).to(device)
 
 
 def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache:

@@ -97,8 +97,10 @@ def test_the_image_size_is_the_latents_times_the_vae_s_factor(diffusion):
 
 
 def test_a_folder_that_is_no_model_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"model.path .*nowhere.* has no tokenizer, text_encoder"):
+    with pytest.raises(UserError, match=r"model.path is .*nowhere.*, which does not exist"):
         load(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is no model of the families sd1, sd2, sd3, sdxl"):
+        load(tmp_path)
 
 
 def test_unreadable_weights_are_refused_with_the_part_s_name(tiny_sd, tmp_path):
