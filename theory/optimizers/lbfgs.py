@@ -1,11 +1,12 @@
-"""Theorem. L-BFGS with a fixed rate is, from its second step on, equivariant under
+"""Theorem. L-BFGS with a fixed rate is, once it remembers a pair, equivariant under
 (theta, g) -> (s theta, g / s) with lr kept, and with no other power of s. Its first step is not,
 with any one power; nor are its stopping rules, as long as their tolerance_change is not zero.
 
 Proof. It remembers pairs of a change y of the gradient and the change x of the factors that made
 it, which scale by 1 / s and by s. Their products <x, y> stay, and x / <x, y> <y, .> and
 <x, y> / <y, y> are of the degrees that take a gradient, 1 / s, to a direction d, which scales by s:
-it is a Newton step. So lr stays. Which pairs are kept depends on <x, y>, that is, not on s.
+it is a Newton step. So lr stays. Which pairs are kept depends on <x, y>, that is, not on s; where
+none was kept yet, the loss having curved downwards so far, a step along -g needs lr s**2.
 
 The first step has no pairs. It is along -g, at the rate lr min(1, 1 / |g|_1), whose degree in g is
 1 where |g|_1 < 1 and 0 where it is larger: lr would have to move by s**2 or by s. (With |g|_1
