@@ -170,6 +170,28 @@ def verify(
             raise typer.Exit(1)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One object of JSON.")] = False,
+    out: Folder = Path("runs"),
+) -> None:
+    """Say what is here to work with, and what is missing for what. Needs and tries no network.
+
+    Exits 1 when something that every run needs is broken.
+    """
+    from lyco_lab.doctor import as_json as written
+    from lyco_lab.doctor import examine, show, works
+
+    with exit_codes(kept=False):
+        checks = examine(out)
+        if as_json:
+            typer.echo(written(checks))
+        else:
+            show(checks, _console())
+        if not works(checks):
+            raise typer.Exit(1)
+
+
 def _load(study: Path, settings: list[str] | None, wandb: str | None) -> "Study":
     from lyco_lab.config import load_study
 
