@@ -415,6 +415,34 @@ def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
     assert "base.yaml" in message and "did you mean 'train.lr'?" in message
 
 
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["loss=l2"], "train.loss is 'l2', needs one of mse, huber, smooth_l1"),
+        (["loss=hubr"], "did you mean 'huber'?"),
+        (["huber_delta=0.1"], "does nothing without train.loss=huber or smooth_l1"),
+        (["loss=huber", "huber_delta=0"], "train.huber_delta is 0"),
+        (["min_snr_gamma=0"], "train.min_snr_gamma is 0"),
+        (["min_snr_gamma=.inf"], "train.min_snr_gamma is inf"),
+        (["min_snr_gamma=5", "debiased=true"], "both weigh the timesteps, use one of them"),
+        (["timestep_sampling=logit-normal"], "did you mean 'logit_normal'?"),
+        (["logit_mean=0"], "does nothing without train.timestep_sampling=logit_normal"),
+        (["timestep_sampling=logit_normal", "logit_std=0"], "train.logit_std is 0"),
+        (["timestep_sampling=logit_normal", "logit_mean=.nan"], "train.logit_mean is nan"),
+        (["min_timestep=-1"], "train.min_timestep is -1"),
+        (["min_timestep=5", "max_timestep=5"], "needs more than min_timestep = 5"),
+        (["noise_offset=0"], "train.noise_offset is 0"),
+        (["input_perturbation=-0.1"], "train.input_perturbation is -0.1"),
+        (["multires_noise_iterations=0"], "train.multires_noise_iterations is 0"),
+        (["multires_noise_discount=0.3"], "does nothing without train.multires_noise_iterations"),
+        (["multires_noise_iterations=6", "multires_noise_discount=1.1"], "a number in (0, 1]"),
+        (["multires_noise_iterations=6", "noise_offset=0.1"], "use one of them"),
+    ],
+)
+def test_settings_of_train_that_cannot_work(refused, words, part):
+    assert part in refused(overrides=[f"train.{word}" for word in words])
+
+
 # What is refused: studies
 
 

@@ -5,8 +5,6 @@ would be accepted and do nothing is refused.
 """
 
 import dataclasses
-import math
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,7 +12,8 @@ from typing import Any
 from lyco_lab import adapters, optimizers, record
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.options import Options
-from lyco_lab.config.groups import Group
+from lyco_lab.config.checks import at_least, choose, need
+from lyco_lab.config.training import Train
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.optimizers.base import Optimizer
 
@@ -27,25 +26,6 @@ TRIGGER_RULES = ("drop", "keep", "class")
 WANDB_MODES = ("offline", "online", "disabled")
 DEFAULT_ADAPTER = {"kind": "lora"}
 DEFAULT_OPTIMIZER = {"kind": "adamw"}
-
-
-def need(condition: bool, key: str, value: object, needed: str) -> None:
-    if not condition:
-        raise UserError(f"{key} is {value!r}, needs {needed}")
-
-
-def choose(key: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        hint = nearest(value, choices)
-        raise UserError(f"{key} is {value!r}, needs one of {', '.join(choices)}{hint}")
-
-
-def positive(key: str, value: float | None) -> None:
-    need(value is None or (math.isfinite(value) and value > 0), key, value, "a finite number > 0")
-
-
-def at_least(key: str, value: float | None, least: int) -> None:
-    need(value is None or (math.isfinite(value) and value >= least), key, value, f">= {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,41 +67,6 @@ class Data:
             )
         at_least("data.repeats", self.repeats, 1)
         at_least("data.limit", self.limit, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    steps: int = 300
-    batch_size: int = 4
-    lr: float = 1e-3
-    text_encoder_lr: float | None = None
-    warmup_steps: int = 20
-    grad_clip: float | None = 1.0
-    ema_decay: float | None = None
-    caption_dropout: float = 0.05
-    init_scale: float = 1.0
-    groups: tuple[Group, ...] = ()
-    checkpoint_every: int = 100
-    sample_every: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "checkpoint_every", "sample_every"):
-            at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("lr", "text_encoder_lr", "grad_clip", "init_scale"):
-            positive(f"train.{key}", getattr(self, key))
-        dropout, decay = self.caption_dropout, self.ema_decay
-        need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
-        need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
-        needed = f"0 <= warmup_steps < steps = {self.steps}"
-        need(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, needed)
-        if self.sample_every is not None:
-            needed = f"null or at most steps = {self.steps}, else no sample is drawn"
-            need(self.sample_every <= self.steps, "train.sample_every", self.sample_every, needed)
-
-    def rate(self, part: str) -> float:
-        """The learning rate of a part of the model, before its schedule."""
-        own = self.text_encoder_lr if part.startswith("text_encoder") else None
-        return self.lr if own is None else own
 
 
 @dataclass(frozen=True, kw_only=True)

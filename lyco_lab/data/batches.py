@@ -53,6 +53,10 @@ class Batch(NamedTuple):
     timesteps_B: Tensor
     sizes: Sizes
     text: dict[str, Tensor]  # B rows of each of the cache's
+    # Factors of the squared errors, (B, 1, H, W) or (B, 1, 1, 1): masks, and prior images' weight.
+    weights: Tensor | None = None  # None: 1
+    prior_B: Tensor | None = None  # which only keep the model from forgetting; None: none
+    perturbation_BCHW: Tensor | None = None  # of the noise as the denoiser sees it; None: 0
 
 
 def draw(cache: Cache, order: Order, step: int, *, timesteps: int, caption_dropout: float) -> Batch:

@@ -1,7 +1,10 @@
 """A run -> trained factors.
 
     stage.py       the stage itself: load, cache, mount, fit, export
-    module.py      the LightningModule: the diffusion loss and one step of the optimizer
+    feed.py        the batches of a run's steps
+    noise.py       timesteps and noise as settings ask for them
+    loss.py        how errors are measured, and how much each timestep counts
+    module.py      the LightningModule: the loss of a batch and one step of the optimizer
     optimizer.py   groups of factors, the schedule, clipping, the average of the factors
     callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
     checkpoint.py  the state of a run on disk

@@ -4,9 +4,9 @@
 
 with z_t a latent z made noisy with the noise e at the timestep t, all of which the batch brings, c
 what the denoiser is told, and z_t and the target as the model's objective has them: for most,
-z_t = sqrt(a_t) z + sqrt(1 - a_t) e, and the target is e. Only factors train; the model around them
-is frozen, and stays in evaluation mode. Factors are float32 whatever the model is in, and so is the
-loss.
+z_t = sqrt(a_t) z + sqrt(1 - a_t) e, and the target is e. Settings may measure and weigh the errors
+in other ways (loss.py). Only factors train; the model around them is frozen, and stays in
+evaluation mode. Factors are float32 whatever the model is in, and so is the loss.
 """
 
 import math
@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import lightning.pytorch as lightning
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lyco_lab.adapters.mount import Mounted
@@ -25,7 +24,7 @@ from lyco_lab.config.groups import check
 from lyco_lab.data.batches import Batch
 from lyco_lab.diffusion.model import Diffusion
 from lyco_lab.optimizers.base import Optimizer
-from lyco_lab.train import guard, optimizer
+from lyco_lab.train import guard, loss, noise, optimizer
 from lyco_lab.train.checkpoint import State
 
 
@@ -52,6 +51,8 @@ class Training(lightning.LightningModule):
             for name, factor in m.factors(layer).items()
         ]
         check(settings.groups, [factor.place for factor in factors])
+        for part in (loss, noise):
+            part.check(settings, diffusion.objective)
         trained = [factor for factor in factors if factor.parameter.requires_grad]
         self.trained = [factor.parameter for factor in trained]
         self.clip_weights = optimizer.weights(settings, trained)
@@ -89,19 +90,21 @@ class Training(lightning.LightningModule):
         }
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch)
-        value = loss.item()
+        found = self.loss(batch)
+        value = found.item()
         if not math.isfinite(value):
             raise self.not_finite(f"the loss is {value}", batch)
         self.row["loss"] = value
-        return loss
+        return found
 
     def loss(self, batch: Batch) -> Tensor:
         z, e, t = batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
-        objective = self.diffusion.objective
+        objective, p = self.diffusion.objective, batch.perturbation_BCHW
         conditioning = self.diffusion.condition(batch.text, batch.sizes)
-        predicted = self.diffusion.predict(objective.noisy(z, e, t), t, conditioning)
-        return F.mse_loss(predicted, objective.target(z, e, t))
+        noisy = objective.noisy(z, e if p is None else e + p, t)
+        predicted = self.diffusion.predict(noisy, t, conditioning)
+        target = objective.target(z, e, t)
+        return loss.loss(self.settings, objective, predicted, target, t, batch.weights)
 
     def configure_gradient_clipping(
         self,

@@ -26,11 +26,10 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.config import Run
 from lyco_lab.config.groups import group_of
-from lyco_lab.data import cache
-from lyco_lab.data.batches import Batches, Order
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
-from lyco_lab.data.stage import dataset
+from lyco_lab.data.stage import dataset, material
+from lyco_lab.data.stored import Stored
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.formats import kohya
@@ -40,6 +39,7 @@ from lyco_lab.record import Record
 from lyco_lab.tracking import track
 from lyco_lab.train.callbacks import Rows, Samples, Saving, Steps, Stop
 from lyco_lab.train.checkpoint import Checkpoints
+from lyco_lab.train.feed import Feed
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
 
@@ -112,9 +112,9 @@ def frozen(run: Run) -> Diffusion:
     return load(placed(run.model), DTYPES[run.model.precision]).to(device)
 
 
-def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache:
+def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache | Stored:
     """The images as the run's model sees them."""
-    return cache.build(diffusion, images, text_states=not run.model.text_encoder)
+    return material(run, images, diffusion)
 
 
 def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
@@ -142,7 +142,7 @@ def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
 def fit(
     run: Run,
     module: Training,
-    cached: Cache,
+    cached: Cache | Stored,
     repeats: tuple[int, ...],
     first: int,
     between: list[lightning.Callback],
@@ -161,18 +161,11 @@ def fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        order = Order(
-            repeats, run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
+        order = cached.order(
+            run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
         )
-        batches = Batches(
-            cached,
-            order,
-            first,
-            run.train.steps,
-            timesteps=module.diffusion.objective.timesteps,
-            caption_dropout=run.train.caption_dropout,
-        )
-        trainer.fit(module, train_dataloaders=batches)
+        feed = Feed(run.train, module.diffusion.objective, cached, order, first)
+        trainer.fit(module, train_dataloaders=feed)
 
 
 def metadata(run: Run, images: Dataset) -> dict[str, str]:

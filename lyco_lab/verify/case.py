@@ -12,9 +12,10 @@ from typing import Any
 
 from lyco_lab import adapters, optimizers
 from lyco_lab.config import Run
+from lyco_lab.config.checks import choose
 from lyco_lab.config.compose import Layer, build, check_keys, nest, parse_overrides
 from lyco_lab.config.groups import PLAIN, Group
-from lyco_lab.config.run import PRECISIONS, choose
+from lyco_lab.config.run import PRECISIONS
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.gamma import (
     CARRIERS,

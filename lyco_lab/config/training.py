@@ -1,0 +1,119 @@
+"""The section `train` of a run, in the order in which a step uses it: noise, loss, step.
+
+The classes below are its parts; in a study's YAML all of their settings stand side by side.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lyco_lab.config.checks import at_least, choose, goes_with, need, positive
+from lyco_lab.config.groups import Group
+from lyco_lab.errors import UserError
+
+LOSSES = ("mse", "huber", "smooth_l1")
+SAMPLINGS = ("uniform", "logit_normal")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Which noise and timesteps are drawn (lyco_lab/train/noise.py)."""
+
+    timestep_sampling: str = "uniform"
+    logit_mean: float | None = None
+    logit_std: float | None = None
+    min_timestep: int | None = None
+    max_timestep: int | None = None
+    noise_offset: float | None = None
+    multires_noise_iterations: int | None = None
+    multires_noise_discount: float | None = None
+    input_perturbation: float | None = None
+
+    def _check_noise(self) -> None:
+        choose("train.timestep_sampling", self.timestep_sampling, SAMPLINGS)
+        logit = self.timestep_sampling == "logit_normal"
+        for key in ("logit_mean", "logit_std"):
+            value = getattr(self, key)
+            goes_with(f"train.{key}", value, "train.timestep_sampling=logit_normal", given=logit)
+            finite = value is None or math.isfinite(value)
+            need(finite, f"train.{key}", value, "a finite number")
+        positive("train.logit_std", self.logit_std)
+        at_least("train.min_timestep", self.min_timestep, 0)
+        at_least("train.max_timestep", self.max_timestep, 1)
+        low, high = self.min_timestep or 0, self.max_timestep
+        if high is not None:
+            needed = f"more than min_timestep = {low}"
+            need(low < high, "train.max_timestep", high, needed)
+        positive("train.noise_offset", self.noise_offset)
+        positive("train.input_perturbation", self.input_perturbation)
+        iterations, discount = self.multires_noise_iterations, self.multires_noise_discount
+        at_least("train.multires_noise_iterations", iterations, 1)
+        multires = iterations is not None
+        other = "train.multires_noise_iterations"
+        goes_with("train.multires_noise_discount", discount, other, given=multires)
+        small = discount is None or 0 < discount <= 1
+        need(small, "train.multires_noise_discount", discount, "a number in (0, 1]")
+        if multires and self.noise_offset is not None:
+            raise UserError(
+                f"train.noise_offset is {self.noise_offset!r} and train.multires_noise_iterations "
+                f"is {iterations!r}: both move the mean of the noise, use one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """What is made small (lyco_lab/train/loss.py)."""
+
+    loss: str = "mse"
+    huber_delta: float | None = None
+    min_snr_gamma: float | None = None
+    debiased: bool = False
+
+    def _check_loss(self) -> None:
+        choose("train.loss", self.loss, LOSSES)
+        robust = self.loss != "mse"
+        needed = "train.loss=huber or smooth_l1"
+        goes_with("train.huber_delta", self.huber_delta, needed, given=robust)
+        positive("train.huber_delta", self.huber_delta)
+        positive("train.min_snr_gamma", self.min_snr_gamma)
+        if self.debiased and self.min_snr_gamma is not None:
+            raise UserError(
+                f"train.min_snr_gamma is {self.min_snr_gamma!r} and train.debiased is true: both "
+                "weigh the timesteps, use one of them"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Noise, Loss):
+    steps: int = 300
+    batch_size: int = 4
+    lr: float = 1e-3
+    text_encoder_lr: float | None = None
+    warmup_steps: int = 20
+    grad_clip: float | None = 1.0
+    ema_decay: float | None = None
+    caption_dropout: float = 0.05
+    init_scale: float = 1.0
+    groups: tuple[Group, ...] = ()
+    checkpoint_every: int = 100
+    sample_every: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_noise()
+        self._check_loss()
+        for key in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+            at_least(f"train.{key}", getattr(self, key), 1)
+        for key in ("lr", "text_encoder_lr", "grad_clip", "init_scale"):
+            positive(f"train.{key}", getattr(self, key))
+        dropout, decay = self.caption_dropout, self.ema_decay
+        need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
+        need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
+        needed = f"0 <= warmup_steps < steps = {self.steps}"
+        need(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, needed)
+        if self.sample_every is not None:
+            needed = f"null or at most steps = {self.steps}, else no sample is drawn"
+            need(self.sample_every <= self.steps, "train.sample_every", self.sample_every, needed)
+
+    def rate(self, part: str) -> float:
+        """The learning rate of a part of the model, before its schedule."""
+        own = self.text_encoder_lr if part.startswith("text_encoder") else None
+        return self.lr if own is None else own
