@@ -26,10 +26,11 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.config import Run
 from lyco_lab.config.groups import group_of
+from lyco_lab.data import cache
+from lyco_lab.data.batches import Order
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
-from lyco_lab.data.stage import dataset, material
-from lyco_lab.data.stored import Stored
+from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.formats import kohya
@@ -112,9 +113,9 @@ def frozen(run: Run) -> Diffusion:
     return load(placed(run.model), DTYPES[run.model.precision]).to(device)
 
 
-def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache | Stored:
+def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache:
     """The images as the run's model sees them."""
-    return material(run, images, diffusion)
+    return cache.build(diffusion, images, text_states=not run.model.text_encoder)
 
 
 def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
@@ -142,7 +143,7 @@ def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
 def fit(
     run: Run,
     module: Training,
-    cached: Cache | Stored,
+    cached: Cache,
     repeats: tuple[int, ...],
     first: int,
     between: list[lightning.Callback],
@@ -161,8 +162,8 @@ def fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        order = cached.order(
-            run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
+        order = Order(
+            repeats, run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
         )
         feed = Feed(run.train, module.diffusion.objective, cached, order, first)
         trainer.fit(module, train_dataloaders=feed)
