@@ -109,6 +109,15 @@ def check(source: Source, diffusion: Diffusion) -> None:
             f"{source.name} takes {takes} channels where its VAE gives {channels}: it is no "
             "text-to-image model, but one for inpainting or the like"
         )
+    for name in [name for name in diffusion.words if getattr(diffusion, name) is not None]:
+        known = len(getattr(diffusion, name))
+        embedded = getattr(diffusion, name.replace("tokenizer", "text_encoder")).config.vocab_size
+        # Some embeddings are padded to a round number; a folder without files makes no words.
+        if not embedded // 2 < known <= embedded:
+            raise UserError(
+                f"the {name} of {source.name} knows {known} tokens, its text encoder {embedded}: "
+                "they do not belong together, or the tokenizer's files are missing"
+            )
     if getattr(diffusion.vae.config, "latents_mean", None) is not None:
         raise UserError(f"the latents of {source.name} are normalised by channel: not supported")
 

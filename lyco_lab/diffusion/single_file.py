@@ -87,6 +87,12 @@ class SingleFile(Source):
         noted = self.tensors.metadata.get("modelspec.prediction_type", "")
         return {"epsilon": "epsilon", "v": "v_prediction"}.get(noted)
 
+    def schedule(self) -> dict[str, Any]:
+        schedule = super().schedule()
+        if "ztsnr" in self.tensors:  # a mark, too: trained up to where there is noise alone
+            schedule |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return schedule
+
     def config(self, part: str, file: str = "config.json") -> dict[str, Any]:
         found = super().config(part, file)
         if (self.layout, part) == ("sd21", "unet") and (
