@@ -120,6 +120,16 @@ class LoKr(Ranked):
     def is_unfactored(self, shape: Shape) -> bool:
         return self.is_full(shape) and self.left_is_full(shape)
 
+    def fitted(self, shape: Shape) -> OfRank:
+        """Where a smaller rank would factor a block that is full, this one: it has fewer entries.
+
+        So it is on a layer of few outputs, whose right block is as wide as the layer and 2 high.
+        """
+        smaller: Any = super().fitted(shape)
+        mine = self.is_full(shape), self.left_is_full(shape)
+        same: bool = mine == (smaller.is_full(shape), smaller.left_is_full(shape))
+        return smaller if same else self
+
     def has_core(self, shape: Shape) -> bool:
         return self.tucker and math.prod(shape[2:]) > 1 and not self.is_full(shape)
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lyco_lab.adapters import plan
@@ -43,6 +43,31 @@ def test_blocks_of_stable_diffusion():
         assert split(size, 12) == (10, size // 10)
     for size in (768, 3072):
         assert split(size, 12) == (12, size // 12)
+
+
+@given(
+    halves=st.tuples(st.integers(1, 8) | st.integers(1, 200), st.integers(1, 200)),
+    kernel=st.sampled_from([(), (1, 1), (3, 3)]),
+    rank=st.integers(1, 100) | st.just(10000),
+    factor=st.integers(2, 32),
+    decompose_both=st.booleans(),
+)
+def test_a_rank_cut_down_to_the_layer_leaves_full_blocks_full(
+    halves, kernel, rank, factor, decompose_both
+):
+    shape = (2 * halves[0], 2 * halves[1], *kernel)
+    asked = LoKr(rank=rank, factor=factor, decompose_both=decompose_both, alpha=0.5)
+    assume(all(split(side, factor)[0] > 1 for side in shape[:2]))
+    fitted = asked.fitted(shape)
+    assert fitted.is_full(shape) == asked.is_full(shape)
+    assert fitted.left_is_full(shape) == asked.left_is_full(shape)
+    assert fitted.num_params(shape) <= asked.num_params(shape)
+    assert fitted.gamma(shape) == pytest.approx(asked.gamma(shape), rel=1e-15)
+
+
+def test_full_blocks_on_four_outputs():
+    shape = (4, 320, 3, 3)  # Stable Diffusion's conv_out
+    assert LoKr(factor=8).fitted(shape).num_params(shape) == 2 * 8 + 2 * 40 * 9
 
 
 @settings(max_examples=25)
