@@ -437,10 +437,23 @@ def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
         (["multires_noise_discount=0.3"], "does nothing without train.multires_noise_iterations"),
         (["multires_noise_iterations=6", "multires_noise_discount=1.1"], "a number in (0, 1]"),
         (["multires_noise_iterations=6", "noise_offset=0.1"], "use one of them"),
+        (["schedule=cosin"], "did you mean 'cosine'?"),
+        (["schedule_end=0.1"], "does nothing without a train.schedule that falls"),
+        (["schedule=linear", "schedule_end=1"], "train.schedule_end is 1.0"),
+        (["schedule=linear", "schedule_restarts=2"], "without train.schedule=cosine_restarts"),
+        (["schedule=cosine", "schedule_power=2"], "without train.schedule=polynomial"),
+        (["schedule=cosine_restarts"], "needs train.schedule_restarts"),
+        (["schedule=polynomial"], "needs train.schedule_power"),
+        (["schedule=cosine_restarts", "schedule_restarts=140"], "needs 1 to 139"),
     ],
 )
 def test_settings_of_train_that_cannot_work(refused, words, part):
     assert part in refused(overrides=[f"train.{word}" for word in words])
+
+
+def test_an_optimizer_that_averages_needs_no_schedule(refused):
+    words = ["optimizer.kind=schedulefree", "train.schedule=cosine"]
+    assert "averages the factors instead of slowing down" in refused(overrides=words)
 
 
 # What is refused: studies

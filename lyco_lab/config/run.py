@@ -149,6 +149,12 @@ class Run:
                         f"{self.optimizer['kind']!r} that can be {', '.join(known) or 'nothing'}"
                         f"{nearest(name, known)}"
                     )
+        if rule.averages and self.train.schedule != "constant":
+            raise UserError(
+                f"train.schedule is {self.train.schedule!r}, but the optimizer "
+                f"{self.optimizer['kind']!r} averages the factors instead of slowing down: use "
+                "'constant'"
+            )
         if rule.averages and self.train.ema_decay is not None:
             raise UserError(
                 f"train.ema_decay is {self.train.ema_decay!r}, but the optimizer "

@@ -12,6 +12,7 @@ from lyco_lab.errors import UserError
 
 LOSSES = ("mse", "huber", "smooth_l1")
 SAMPLINGS = ("uniform", "logit_normal")
+SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "polynomial")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +84,53 @@ class Loss:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Noise, Loss):
+class Rates:
+    """How fast it learns, and when (lyco_lab/train/schedule.py)."""
+
     steps: int = 300
-    batch_size: int = 4
     lr: float = 1e-3
     text_encoder_lr: float | None = None
     warmup_steps: int = 20
+    schedule: str = "constant"
+    schedule_end: float | None = None
+    schedule_restarts: int | None = None
+    schedule_power: float | None = None
+
+    def _check_rates(self) -> None:
+        at_least("train.steps", self.steps, 1)
+        for key in ("lr", "text_encoder_lr"):
+            positive(f"train.{key}", getattr(self, key))
+        needed = f"0 <= warmup_steps < steps = {self.steps}"
+        need(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, needed)
+        choose("train.schedule", self.schedule, SCHEDULES)
+        restarts, power, end = self.schedule_restarts, self.schedule_power, self.schedule_end
+        falls = "a train.schedule that falls"
+        goes_with("train.schedule_end", end, falls, given=self.schedule != "constant")
+        need(end is None or 0 <= end < 1, "train.schedule_end", end, "a number in [0, 1)")
+        for key, value, kind in (
+            ("restarts", restarts, "cosine_restarts"),
+            ("power", power, "polynomial"),
+        ):
+            given = self.schedule == kind
+            goes_with(f"train.schedule_{key}", value, f"train.schedule={kind}", given=given)
+            if given and value is None:
+                raise UserError(f"train.schedule is {kind!r}, which needs train.schedule_{key}")
+        positive("train.schedule_power", power)
+        if restarts is not None:
+            left = self.steps - self.warmup_steps
+            most = left // 2 - 1
+            needed = f"1 to {most}, so that each fall has two of the {left} steps after the warm-up"
+            need(1 <= restarts <= most, "train.schedule_restarts", restarts, needed)
+
+    def rate(self, part: str) -> float:
+        """The learning rate of a part of the model, before its schedule."""
+        own = self.text_encoder_lr if part.startswith("text_encoder") else None
+        return self.lr if own is None else own
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Noise, Loss, Rates):
+    batch_size: int = 4
     grad_clip: float | None = 1.0
     ema_decay: float | None = None
     caption_dropout: float = 0.05
@@ -100,20 +142,14 @@ class Train(Noise, Loss):
     def __post_init__(self) -> None:
         self._check_noise()
         self._check_loss()
-        for key in ("steps", "batch_size", "checkpoint_every", "sample_every"):
+        self._check_rates()
+        for key in ("batch_size", "checkpoint_every", "sample_every"):
             at_least(f"train.{key}", getattr(self, key), 1)
-        for key in ("lr", "text_encoder_lr", "grad_clip", "init_scale"):
+        for key in ("grad_clip", "init_scale"):
             positive(f"train.{key}", getattr(self, key))
         dropout, decay = self.caption_dropout, self.ema_decay
         need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
         need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
-        needed = f"0 <= warmup_steps < steps = {self.steps}"
-        need(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, needed)
         if self.sample_every is not None:
             needed = f"null or at most steps = {self.steps}, else no sample is drawn"
             need(self.sample_every <= self.steps, "train.sample_every", self.sample_every, needed)
-
-    def rate(self, part: str) -> float:
-        """The learning rate of a part of the model, before its schedule."""
-        own = self.text_encoder_lr if part.startswith("text_encoder") else None
-        return self.lr if own is None else own

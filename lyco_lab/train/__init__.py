@@ -5,7 +5,8 @@
     noise.py       timesteps and noise as settings ask for them
     loss.py        how errors are measured, and how much each timestep counts
     module.py      the LightningModule: the loss of a batch and one step of the optimizer
-    optimizer.py   groups of factors, the schedule, clipping, the average of the factors
+    optimizer.py   groups of factors, clipping, the average of the factors
+    schedule.py    the learning rate at each step
     callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
     checkpoint.py  the state of a run on disk
     journal.py     train/metrics.csv

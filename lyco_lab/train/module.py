@@ -24,7 +24,7 @@ from lyco_lab.config.groups import check
 from lyco_lab.data.batches import Batch
 from lyco_lab.diffusion.model import Diffusion
 from lyco_lab.optimizers.base import Optimizer
-from lyco_lab.train import guard, loss, noise, optimizer
+from lyco_lab.train import guard, loss, noise, optimizer, schedule
 from lyco_lab.train.checkpoint import State
 
 
@@ -78,7 +78,7 @@ class Training(lightning.LightningModule):
         for mounted in self.mounted.values():
             mounted.train()
             mounted.step = batch.step  # what is dropped depends on it, also after an interruption
-        share = optimizer.share(batch.step, self.settings.warmup_steps)
+        share = schedule.share(self.settings, batch.step)
         own = [rule.rate(batch.step) for rule in self.rules]
         optimizer.set_rates(self.optimizer, [share * rate for rate in own])
         share *= self.rule.rate(batch.step)

@@ -1,6 +1,6 @@
-"""How an optimizer moves factors: groups, a warm-up, clipping, and an average of where they were.
+"""How an optimizer moves factors: groups, rates, clipping, and an average of where they were.
 
-    lr_n     = lr * min(1, (n + 1) / warmup_steps)              at step n = 0, 1, …
+    lr_n     = lr * share(n)                                    at step n, see schedule.py
     g       <- g * min(1, grad_clip / |w g|)                    |.| over all factors together
     average <- average + (1 - ema_decay) * (factor - average)   after the step
 
@@ -67,11 +67,6 @@ def build(rule: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
 def weights(settings: Train, factors: Sequence[Factor]) -> list[float]:
     """What weighs the gradients of each factor in the norm that is clipped."""
     return [group_of(settings.groups, *factor.place).clip for factor in factors]
-
-
-def share(step: int, warmup_steps: int) -> float:
-    """Of the learning rate, at step 0, 1, …"""
-    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 def set_rates(optimizer: torch.optim.Optimizer, shares: Sequence[float]) -> None:

@@ -12,7 +12,8 @@ from lyco_lab.config import Train
 from lyco_lab.config.groups import Group, check
 from lyco_lab.errors import UserError
 from lyco_lab.optimizers import OPTIMIZERS
-from lyco_lab.train.optimizer import Average, Factor, build, clip, groups, set_rates, share, weights
+from lyco_lab.train.optimizer import Average, Factor, build, clip, groups, set_rates, weights
+from lyco_lab.train.schedule import share
 
 ADAMW = OPTIMIZERS["adamw"]()
 
@@ -43,20 +44,21 @@ def clip_all(made, largest, settings=None):
     return clip([f.parameter for f in made], largest, weights(settings or Train(), made))
 
 
-def test_the_warm_up_is_linear_then_constant():
-    optimizer = made_of(Train(lr=8.0, warmup_steps=4), ADAMW, factors())
+def test_the_rates_follow_their_share():
+    settings = Train(lr=8.0, warmup_steps=4)
+    optimizer = made_of(settings, ADAMW, factors())
     seen = []
     for step in range(7):
-        set_all(optimizer, share(step, warmup_steps=4))
+        set_all(optimizer, share(settings, step))
         seen.append(rates(optimizer)["unet"])
     assert seen == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0, 8.0]
-    set_all(optimizer, share(0, warmup_steps=0))
+    set_all(optimizer, share(Train(warmup_steps=0), 0))
     assert rates(optimizer) == {"unet": 8.0, "text_encoder": 8.0}
 
 
 def test_the_text_encoder_can_have_its_own_rate():
     optimizer = made_of(Train(lr=8.0, text_encoder_lr=2.0), ADAMW, factors())
-    set_all(optimizer, share(100, 20))
+    set_all(optimizer, share(Train(warmup_steps=20), 100))
     assert rates(optimizer) == {"unet": 8.0, "text_encoder": 2.0}
 
 
@@ -120,7 +122,7 @@ def test_one_step_matches_the_definition(kind):
     made, rule = factors(), OPTIMIZERS[kind](weight_decay=decay)
     before = [f.parameter.detach().clone() for f in made]
     optimizer = made_of(Train(lr=lr, grad_clip=None), rule, made)
-    set_all(optimizer, share(100, 20))
+    set_all(optimizer, share(Train(warmup_steps=20), 100))
     optimizer.step()
     for old, factor in zip(before, made, strict=True):
         new = factor.parameter
