@@ -34,6 +34,7 @@ class Model:
     family: str | None = None
     weights: str | None = None
     prediction: str | None = None
+    zero_terminal_snr: bool = False
     tokenizer: str | None = None
     clip_skip: int = 1
     preset: str = "attn-mlp"
@@ -46,6 +47,11 @@ class Model:
         for key, choices in (("weights", WEIGHTS), ("prediction", PREDICTIONS)):
             if getattr(self, key) is not None:
                 choose(f"model.{key}", getattr(self, key), choices)
+        if self.zero_terminal_snr and self.prediction == "epsilon":
+            raise UserError(
+                "model.zero_terminal_snr is true, but model.prediction is 'epsilon': where there "
+                "is noise alone, to predict it says nothing of the image; needs v_prediction"
+            )
         need(self.tokenizer != "", "model.tokenizer", self.tokenizer, "null or a folder")
         at_least("model.clip_skip", self.clip_skip, 1)
         choose("model.preset", self.preset, LAYER_PRESETS)

@@ -12,14 +12,16 @@ import torch
 from lyco_lab.config import Model
 from lyco_lab.diffusion.base import Diffusion, Latents, Sizes, quiet
 from lyco_lab.diffusion.families import of
-from lyco_lab.diffusion.objective import of_scheduler
+from lyco_lab.diffusion.objective import Objective, Velocity, of_scheduler
 from lyco_lab.diffusion.source import Source, find
 from lyco_lab.errors import UserError
 
-__all__ = ["Diffusion", "Latents", "Sizes", "fingerprint", "load", "network", "opened"]
+__all__ = ["Diffusion", "Latents", "Sizes", "fingerprint", "load", "network", "objective", "opened"]
 
 MEGABYTE = 2**20
-CHOICES = ("weights", "prediction", "tokenizer", "clip_skip")  # that change what a model does
+# Settings that change what a model does.
+CHOICES = ("weights", "prediction", "zero_terminal_snr", "tokenizer", "clip_skip")
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # as diffusers has it
 
 Named = Model | str | Path  # a path alone means the defaults of all settings
 
@@ -43,14 +45,8 @@ def load(model: Named, dtype: torch.dtype = torch.float32) -> Diffusion:
     missing = source.missing([*given, "vae", "scheduler"])
     if missing:
         raise UserError(f"{source.name} is not a whole model: it has no {', '.join(missing)}")
-    schedule = source.schedule()
-    made: dict[str, Any] = {
-        "schedule": schedule,
-        "objective": of_scheduler(
-            schedule, source.model.prediction or source.prediction, source.name
-        ),
-        "dtype": dtype,
-    }
+    schedule, predicted = scheduled(source)
+    made: dict[str, Any] = {"schedule": schedule, "objective": predicted, "dtype": dtype}
     with quiet():
         for part in given:
             if part in family.networks:
@@ -69,6 +65,29 @@ def load(model: Named, dtype: torch.dtype = torch.float32) -> Diffusion:
         # On a CPU the fused attention's backward pass is slower than the plain one.
         diffusion.denoiser.set_attn_processor(AttnProcessor())
     return diffusion
+
+
+def objective(model: Named) -> Objective:
+    """What the model predicts; reads no weights."""
+    return scheduled(opened(model)[0])[1]
+
+
+def scheduled(source: Source) -> tuple[dict[str, Any], Objective]:
+    """The noise of a model, as a diffusers scheduler is configured, and what it predicts."""
+    schedule, zero_snr = source.schedule(), source.model.zero_terminal_snr
+    if zero_snr and schedule.get("rescale_betas_zero_snr"):
+        raise UserError(
+            f"model.zero_terminal_snr is true, and {source.name} says so already: leave it out"
+        )
+    if zero_snr:
+        schedule = {**schedule, **ZERO_SNR}
+    found = of_scheduler(schedule, source.model.prediction or source.prediction, source.name)
+    if zero_snr and not isinstance(found, Velocity):
+        raise UserError(
+            f"model.zero_terminal_snr is true, but {source.name} predicts {found.name!r}: where "
+            "there is noise alone, only a velocity says anything of the image"
+        )
+    return schedule, found
 
 
 def network(source: Source, family: type[Diffusion], part: str, dtype: torch.dtype | None) -> Any:
