@@ -143,6 +143,69 @@ def test_dry_run_shows_layers_parameters_and_arithmetic_and_does_nothing(
     assert stages == [] and not (tmp_path / "runs").exists()
 
 
+TWICE = """
+  - name: twice
+    set:
+      adapter: {kind: lora, rank: 2, alpha: 0.5}
+      optimizer: {eps: 5e-9, weight_decay: 0.005}
+      train: {lr: 2e-3, init_scale: 2, grad_clip: 0.5}
+"""  # the run `lora` with gamma = 1/4 instead of 1
+
+
+def test_dry_run_tells_which_runs_are_one_and_why(lyco_lab, study, stages):
+    text = (study / "study.yaml").read_text().replace("rank: 2}", "rank: 2, alpha: 2}")
+    (study / "study.yaml").write_text(text + TWICE)
+    planned = lyco_lab("run", study, "--dry-run").stdout
+    lines = [line for line in planned.splitlines() if line]
+    assert any("3 runs, 2 classes: 1 needs no training of its own" in line for line in lines)
+    rows = {line.split()[0]: line.rstrip() for line in lines}
+    assert rows["run"].endswith(" as") and rows["lora"].endswith("-")
+    said = " ".join(planned.split())
+    assert "twice is lora with adapter.alpha 0.5 for 2, optimizer.eps 5e-09 for 1e-08, " in said
+    assert "factors are s = 2 times as large, and W' is the same bit for bit" in said
+    apart = lyco_lab("run", study, "--dry-run", "--no-fold").stdout
+    assert "3 runs (in runs)" in apart and "twice is" not in apart
+
+    def total(text):
+        return int(text.split(" trained parameters")[0].split()[-1].replace(",", ""))
+
+    each = {name: int(rows[name].split()[3].replace(",", "")) for name in ("lora", "native")}
+    assert total(planned) == sum(each.values())
+    assert total(apart) == sum(each.values()) + each["lora"]
+
+
+def test_run_folds_unless_told_otherwise(lyco_lab, study, monkeypatch):
+    told = []
+
+    def run_study(study, root, announce, workers, *, fold):
+        told.append(fold)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr(local, "run_study", run_study)
+    for words in ([], ["--fold"], ["--no-fold"]):
+        assert lyco_lab("run", study, *words).exit_code == 130
+    assert told == [True, True, False]
+
+
+def test_what_training_apart_showed_is_said(lyco_lab, study, stages, monkeypatch):
+    from lyco_lab.analyse.unfolded import Comparison, Gap
+
+    losses = compare("b", "a", {1: 0.5}, {1: 0.5})
+    off = compare("c", "a", {1: 0.5}, {1: 0.25})
+    compared = [
+        Comparison("a", "b", "a", "bit for bit", Gap(0.0, 0.0), losses),
+        Comparison("a", "c", "a", "bit for bit", Gap(0.1, 0.2), off),
+        Comparison("a", "d", "a", "up to rounding", Gap(1e-6, 1e-5), off),
+    ]
+    outcome = local.conclude(None, None)
+    found = local.Outcome(outcome.results, [], outcome.report, compared)
+    monkeypatch.setattr(local, "conclude", lambda study, root, **how: found)
+    said = " ".join(lyco_lab("run", study, "--no-fold").stdout.split())
+    assert "trained apart b is a bit for bit: W' and all 1 losses are equal" in said
+    assert "trained apart c is a bit for bit, it was claimed, but W' differs by 0.1" in said
+    assert "trained apart d is a up to rounding: W' differs by 1e-06" in said
+
+
 def test_dry_run_counts_what_training_would_mount(study, tiny_sd):
     from lyco_lab.adapters.mount import attach
     from lyco_lab.config import load_study
@@ -167,12 +230,13 @@ def test_dry_run_counts_what_training_would_mount(study, tiny_sd):
 @pytest.mark.parametrize(("repeats", "limit"), [(None, None), (3, None), (None, 2), (3, 100)])
 def test_a_concept_is_counted_as_its_folder_would_be(tmp_path, repeats, limit):
     from lyco_lab import dry_run
-    from lyco_lab.config import Data
+    from lyco_lab.config import Data, Run
     from lyco_lab.miniature import concepts
 
     concepts.write(concepts.concept("falls"), tmp_path)
     written = folder.read(tmp_path, repeats, limit)
-    counted = dry_run._count(Data(concept="falls", repeats=repeats, limit=limit))
+    data = Data(concept="falls", repeats=repeats, limit=limit)
+    counted = dry_run._count(Run(name="r", study="s", data=data))
     assert counted == (len(written.items), written.samples_per_epoch)
 
 

@@ -3,9 +3,11 @@
     class                       its first run
     run, compared_with          the two runs
     claim                       of the theorem: bit for bit, up to rounding, or different
-    difference                  the largest over layers of |D - D'| / |D|, D = W' - W at the end
+    difference                  |D - D'| / |D| at the end, D = W' - W of all layers together
+    worst_layer                 the largest such quotient of a layer by itself
     losses_equal                whether all losses agree in every bit
     first_difference            the first step whose losses do not; empty where all do
+    largest_loss_gap            the largest difference of two losses
 
 A run is compared with the first of its class, and the first with the nearest of another class,
 among those that differ from it in nothing but settings that gamma moves: they look alike.
@@ -13,8 +15,7 @@ among those that differ from it in nothing but settings that gamma moves: they l
 
 import csv
 import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,10 +38,19 @@ from lyco_lab.record import Record, atomic
 FOLDING = "folding.csv"
 DIFFERENT = "different"
 COLUMNS = (
-    "class", "run", "compared_with", "claim", "difference", "losses_equal", "first_difference",
+    "class", "run", "compared_with", "claim", "difference", "worst_layer", "losses_equal",
+    "first_difference", "largest_loss_gap",
 )  # fmt: skip
 
 Parts = dict[str, Mounted]
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Between two changes of the weights, as a share of the larger; 0 only if bits are equal."""
+
+    total: float  # of all layers together
+    worst: float  # the largest of a layer
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class Comparison:
     run: str
     other: str
     claim: str
-    difference: float
+    gap: Gap
     losses: Verdict
 
     @property
@@ -59,12 +69,13 @@ class Comparison:
         """None for a claim up to rounding: how far training carries rounding is seen, not known."""
         if self.claim == ROUNDED:
             return None
-        same = self.difference == 0 and self.losses.equal
-        return same if self.claim == BITWISE else self.difference > 0
+        same = self.gap.worst == 0 and self.losses.equal
+        return same if self.claim == BITWISE else self.gap.worst > 0
 
     @property
     def sentence(self) -> str:
-        gap = f"W' differs by {self.difference:.2g} of its change"
+        gap = f"W' differs by {self.gap.total:.2g} of its change"
+        gap += f" ({self.gap.worst:.2g} in the worst layer)"
         if self.claim == DIFFERENT:
             return f"{self.run} is not {self.other}, the nearest that looks like it: {gap}"
         named = f"{self.run} is {self.other} {self.claim}"
@@ -78,8 +89,9 @@ class Comparison:
     def row(self) -> tuple[str, ...]:
         step = self.losses.first_difference
         return (
-            self.first, self.run, self.other, self.claim, f"{self.difference:.3g}",
-            str(self.losses.equal).lower(), "" if step is None else str(step.step),
+            self.first, self.run, self.other, self.claim, f"{self.gap.total:.3g}",
+            f"{self.gap.worst:.3g}", str(self.losses.equal).lower(),
+            "" if step is None else str(step.step), f"{self.losses.largest_gap:.3g}",
         )  # fmt: skip
 
 
@@ -99,21 +111,21 @@ def compare(study: Study, root: Path) -> list[Comparison]:
     for members in filter(None, known):
         first = members[0]
         similar = [run for run in firsts if run is not first and alike(run, first)]
-        with _mounted([*members, *similar], root) as parts:
-            between = {run.name: difference(parts[first.name], parts[run.name]) for run in similar}
-            if similar:
-                nearest = min(similar, key=lambda run: between[run.name])
-                pair = (first, nearest, DIFFERENT, between[nearest.name])
-                found.append(_comparison(first, *pair, root))
-            for run in members[1:]:
-                how = BITWISE if equivalent(first, run).bitwise else ROUNDED
-                gap = difference(parts[first.name], parts[run.name])
-                found.append(_comparison(first, run, first, how, gap, root))
+        parts = _read([*members, *similar], root)
+        between = {run.name: difference(parts[first.name], parts[run.name]) for run in similar}
+        if similar:
+            nearest = min(similar, key=lambda run: between[run.name].total)
+            pair = (first, nearest, DIFFERENT, between[nearest.name])
+            found.append(_comparison(first, *pair, root))
+        for run in members[1:]:
+            how = BITWISE if equivalent(first, run).bitwise else ROUNDED
+            gap = difference(parts[first.name], parts[run.name])
+            found.append(_comparison(first, run, first, how, gap, root))
     _write(found, study_folder(study, root) / FOLDING)
     return found
 
 
-def _comparison(first: Run, run: Run, other: Run, claim: str, gap: float, root: Path) -> Comparison:
+def _comparison(first: Run, run: Run, other: Run, claim: str, gap: Gap, root: Path) -> Comparison:
     losses = [
         gamma_pair.read_losses(root / each.folder_name / "train" / "metrics.csv")
         for each in (run, other)
@@ -122,29 +134,30 @@ def _comparison(first: Run, run: Run, other: Run, claim: str, gap: float, root: 
     return Comparison(first.name, run.name, other.name, claim, gap, verdict)
 
 
-@contextmanager
-def _mounted(runs: list[Run], root: Path) -> Iterator[Mapping[str, Parts]]:
-    """The trained adapters of runs of one model, all on it at once."""
+def _read(runs: list[Run], root: Path) -> dict[str, Parts]:
+    """The trained adapters of runs of one model, which can be asked what they do to a weight."""
     models = load(model_folder(runs[0].model.path)).parts
-    yield {
-        run.name: kohya.apply(root / run.folder_name / "adapter.safetensors", models)
-        for run in runs
-    }
+    found = {}
+    for run in runs:
+        found[run.name] = kohya.apply(root / run.folder_name / "adapter.safetensors", models)
+        for mounted in found[run.name].values():
+            mounted.detach()  # a layer carries no two that are equal
+    return found
 
 
 @torch.no_grad()
-def difference(one: Parts, other: Parts) -> float:
-    """The largest over layers of |D - D'| / |D|; 0 only where all are equal in every bit."""
-    gaps = [0.0]
+def difference(one: Parts, other: Parts) -> Gap:
+    """How far apart two trained adapters of the same layers are."""
+    squares, sizes, worst = 0.0, 0.0, 0.0
     for part, mounted in one.items():
         for layer in mounted.layers:
-            for ours, theirs in zip(
-                _changes(mounted, layer), _changes(other[part], layer), strict=True
-            ):
-                if not torch.equal(ours, theirs):
-                    size = max(ours.double().norm(), theirs.double().norm())
-                    gaps.append(float((ours.double() - theirs.double()).norm() / size))
-    return max(gaps)
+            pairs = zip(_changes(mounted, layer), _changes(other[part], layer), strict=True)
+            for ours, theirs in pairs:
+                apart = float((ours.double() - theirs.double()).norm())
+                size = max(float(ours.double().norm()), float(theirs.double().norm()))
+                squares, sizes = squares + apart**2, sizes + size**2
+                worst = max(worst, apart / size if apart else 0.0)
+    return Gap(math.sqrt(squares / sizes) if squares else 0.0, worst)
 
 
 def _changes(mounted: Mounted, layer: str) -> list[Tensor]:

@@ -25,9 +25,15 @@ set:
   wandb: {{mode: {wandb}}}
 runs:
   - name: lora
-    set: {{data.concept: falls, adapter: {{kind: lora, rank: 2}}}}
+    set: {{data.concept: falls, adapter: {{kind: lora, rank: 2, alpha: 4.0}}}}
   - name: lokr
     set: {{data.concept: falls, adapter: {{kind: lokr}}}}
+  - name: lora-again
+    set:
+      data.concept: falls
+      adapter: {{kind: lora, rank: 2, alpha: 1.0}}
+      optimizer: {{eps: 5e-9, weight_decay: 0.005}}
+      train: {{lr: 2e-2, init_scale: 2, grad_clip: 0.5}}
   - name: native
     set: {{data.concept: robo, adapter: {{kind: native}}}}
 """
@@ -60,7 +66,9 @@ def test_side_by_side_and_killed_at_random_moments_ends_with_the_same_bytes(stud
     subprocess.run(command(study, one_by_one, 1), check=True)
     lasts = time.monotonic() - began
     expected = adapters(one_by_one)
-    assert len(expected) == 3
+    again, lora = (next(one_by_one.glob(f"{name}-????????")) for name in ("lora-again", "lora"))
+    assert expected[again.name] == expected[lora.name]  # trained once
+    assert len(expected) == 4
     rng = random.Random(0)
     killed = tmp_path / "killed"
     for _ in range(5):
@@ -101,6 +109,6 @@ def test_a_run_trained_on_other_weights_is_refused(study, tmp_path):
 
 def test_workers_suggested(study):
     loaded = load_study(study)
-    assert local.suggested_workers(loaded) == min(os.cpu_count(), 3)
+    assert local.suggested_workers(loaded) == min(os.cpu_count(), 4)
     elsewhere = load_study(study, ["model.path=/models/sd15"])
     assert local.suggested_workers(elsewhere) == 1
