@@ -263,6 +263,21 @@ def test_the_folder_says_where_the_run_is_in_wandb(study, ran, tmp_path):
     assert f"the run {mine.run('one').hash} of the project mine" in said
 
 
+def test_the_study_of_folding_folds_as_its_table_says(pytestconfig, tmp_path):
+    folder = pytestconfig.rootpath / "experiments" / "folding"
+    found = folding(load_study(folder), tmp_path)
+    assert found.sentence == "26 runs, 13 classes: 13 need no training of their own"
+    with (folder / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["claim"] != "different"]
+    assert {row["run"]: (row["compared_with"], row["claim"]) for row in rows} == {
+        name: (fold.source.name, fold.how) for name, fold in found.folds.items()
+    }
+    for row in rows:
+        bitwise = row["claim"] == "bit for bit"
+        assert (row["difference"] == row["worst_layer"] == "0") == bitwise
+        assert row["losses_equal"] == str(bitwise).lower()
+
+
 # A kill at any moment
 
 
