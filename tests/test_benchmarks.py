@@ -184,3 +184,11 @@ def test_the_script_runs(script, tmp_path):
     rows = results["rows"] if "rows" in results else results["shapes"]["lin64-64@32"]["rows"]
     assert {"ours/lora", "peft/lora"} <= rows.keys()
     assert not any("error" in row for row in rows.values()), done.stdout
+
+
+@pytest.mark.slow
+def test_a_step_of_a_whole_model_is_the_same_with_checkpoints():
+    command = [sys.executable, str(FOLDER / "full_size_step.py"), "--quick", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for precision in ("fp32", "bf16"):
+        assert f"{precision}: the same bits" in done.stdout, done.stdout
