@@ -257,7 +257,7 @@ def devices() -> Iterator[Check]:
             size = f"{gib(about.total_memory)}, {gib(free)} of it free"
             found = f"{about.name}, {size}, compute capability {about.major}.{about.minor}"
             yield Check(f"GPU {index}", found)
-    elif Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi"):
+    elif os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi"):
         found = f"NVIDIA's driver is here, but torch, built for {build()}, finds no GPU"
         yield Check("GPU", found, MISSING, "install torch for CUDA, or see to the driver")
     else:

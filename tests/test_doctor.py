@@ -11,6 +11,7 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -252,6 +253,71 @@ def test_instructions_for_half_precision(monkeypatch, flags, bf16, fp16):
     key = "Features" if "asimd" in flags else "flags"
     monkeypatch.setattr(doctor, "cpuinfo", lambda: {key: flags} if flags else {})
     assert (doctor.on_processor("bf16"), doctor.on_processor("fp16")) == (bf16, fp16)
+
+
+def gpus(capability, bf16):
+    """What torch answers about two GPUs that are not here."""
+    about = SimpleNamespace(
+        name="Some GPU", total_memory=24 * 2**30, major=capability[0], minor=capability[1]
+    )
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        device_count=lambda: 2,
+        get_device_properties=lambda index: about,
+        mem_get_info=lambda index: ((20 + index) * 2**30, 24 * 2**30),
+        get_device_capability=lambda: capability,
+        is_bf16_supported=lambda including_emulation: bf16 or including_emulation,
+    )
+    return SimpleNamespace(
+        cuda=cuda,
+        version=SimpleNamespace(hip=None, cuda="12.8"),
+        backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: False)),
+        float32="float32",
+        bfloat16="bfloat16",
+        float16="float16",
+    )
+
+
+@pytest.mark.parametrize(
+    ("capability", "bf16", "fp16"),
+    [((9, 0), "native", "native"), ((7, 5), "emulated", "native"), ((5, 2), "no", "emulated")],
+)
+def test_gpus_and_their_precisions(monkeypatch, capability, bf16, fp16):
+    def product_s(torch, device, dtype):
+        if (device, dtype, bf16) == ("cuda", "bfloat16", "no"):
+            raise RuntimeError("no kernel for it")
+        return {"float32": 2.0, "bfloat16": 0.5, "float16": 1.0}[dtype]
+
+    torch = gpus(capability, bf16 == "native")
+    monkeypatch.setattr(doctor, "working_torch", lambda: torch)
+    monkeypatch.setattr(doctor, "product_s", product_s)
+    first, second = (only(doctor.devices(), f"GPU {index}").found for index in (0, 1))
+    version = ".".join(map(str, capability))
+    assert first == f"Some GPU, 24.0 GiB, 20.0 GiB of it free, compute capability {version}"
+    assert "21.0 GiB of it free" in second
+    check = only(doctor.precisions(), "bf16, GPU 0")
+    if bf16 == "no":
+        assert check.state == MISSING and "no kernel for it" in check.found
+    else:
+        assert check.found == f"{bf16}; a matrix product takes 0.25 of float32's time"
+    check = only(doctor.precisions(), "fp16, GPU 0")
+    assert check.found == f"{fp16}; a matrix product takes 0.5 of float32's time"
+    assert only(doctor.precisions(), "fp16, processor").state == OK
+
+
+def test_a_gpu_that_torch_cannot_use(monkeypatch):
+    torch = gpus((9, 0), True)
+    torch.cuda.is_available = lambda: False
+    monkeypatch.setattr(doctor, "working_torch", lambda: torch)
+    monkeypatch.setattr(doctor, "build", lambda: "processors alone")
+    for program, state in (("nvidia-smi", MISSING), (None, OK)):
+        monkeypatch.setattr(shutil, "which", lambda name, found=program: found)
+        monkeypatch.setattr(os.path, "exists", lambda path: False)
+        check = only(doctor.devices(), "GPU")
+        assert check.state == state
+        assert ("torch, built for processors alone, finds no GPU" in check.found) == (
+            state == MISSING
+        )
 
 
 def test_a_folder_is_written_to_and_left_as_it_was(tmp_path):
