@@ -28,8 +28,7 @@ def search(case: Case, base: Trace, bench: Bench, verdict: Verdict) -> str:
     until = min(verdict.first_step + MORE_STEPS, base.steps)
     for setting, claimed, power, run in candidates(case.other, moving[0]):
         trace = follow(run, bench, until=until)
-        cut = replace(base, losses=base.losses[:until], digests=base.digests[:until], exported=())
-        if first_bit(cut, replace(trace, exported=())) is None:
+        if first_bit(base, trace, until) is None:
             return (
                 f"equal if {setting} moved by s**{power}, where {case.optimizer} claims "
                 f"s**{claimed}"

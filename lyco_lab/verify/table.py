@@ -45,7 +45,7 @@ class Row:
         equal = verdict.word == EQUAL or (verdict.word == ROUNDED and word != EQUAL)
         why = found or case.no_claim
         if not why and claim is not None and not claim.equal:
-            why = claim.reason
+            why = f"{case.keep} is as in R, so {claim.reason}" if case.keep else claim.reason
         return cls(
             case=case.name,
             adapter=case.adapter,

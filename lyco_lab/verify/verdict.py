@@ -61,9 +61,9 @@ def compare(base: Trace, other: Trace, shadow: Trace | None = None) -> Verdict:
     return replace(same, word=DIFFERENT, first_step=first[0], first_place=first[1])
 
 
-def first_bit(base: Trace, other: Trace) -> tuple[int, str] | None:
-    """The first step and place where the two differ in a bit."""
-    for step in range(1, base.steps + 1):
+def first_bit(base: Trace, other: Trace, until: int | None = None) -> tuple[int, str] | None:
+    """The first step and place where the two differ in a bit, among the first `until` steps."""
+    for step in range(1, (until or base.steps) + 1):
         if step > other.steps:
             return step, f"the training, which stopped ({other.stopped})"
         if base.losses[step - 1] != other.losses[step - 1]:
@@ -72,9 +72,10 @@ def first_bit(base: Trace, other: Trace) -> tuple[int, str] | None:
         for layer, ours, theirs in pairs:
             if ours != theirs:
                 return step, layer
-    for layer, ours, theirs in zip(base.layers, base.exported, other.exported, strict=True):
-        if ours != theirs:
-            return base.steps, f"{layer} as it is exported"
+    if until is None:
+        for layer, ours, theirs in zip(base.layers, base.exported, other.exported, strict=True):
+            if ours != theirs:
+                return base.steps, f"{layer} as it is exported"
     return None
 
 

@@ -19,6 +19,7 @@ from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset, prepare
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
+from lyco_lab.train.stage import DTYPES
 from lyco_lab.verify import cause
 from lyco_lab.verify.case import Case
 from lyco_lab.verify.table import Row
@@ -70,7 +71,7 @@ def jobs(cases: Sequence[Case]) -> list[Job]:
 def _alone(threads: int) -> Iterator[None]:
     """In this process, which is left as it was; without a bar for every training."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(min(threads, before))
     progress.send_to(lambda news: None)
     try:
         yield
@@ -113,19 +114,23 @@ def _work(job: Job) -> list[tuple[int, Row]]:
 def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
     """Train R, and then each A."""
     base: Trace | None = None
-    shadow: Trace | None = None
+    shadows: dict[float, Trace] = {}
     for place, case in job:
         began_s = time.monotonic()
         verdict, found = Verdict(NONE, case.base.train.steps, 0, 0.0, 0.0, None), ""
         try:
             if base is None:
                 base = follow(case.base, bench)
-                if base.stopped:
-                    raise UserError(f"gamma = 1: {base.stopped}")
+            if base.stopped:
+                raise UserError(f"gamma = 1: {base.stopped}")
             other = follow(case.other, bench, strength=case.strength)
-            if not case.in_bits and shadow is None:
-                shadow = follow(case.base, bench, unit=unit(case))
-            verdict = compare(base, other, None if case.in_bits else shadow)
+            verdict = compare(base, other)
+            for unit in units(case):
+                if unit not in shadows:
+                    shadows[unit] = follow(case.base, bench, unit=unit)
+                verdict = compare(base, other, shadows[unit])
+                if verdict.equal:
+                    break
             if case.claim and not verdict.equal:
                 found = cause.search(case, base, bench, verdict)
         except UserError as error:
@@ -133,7 +138,14 @@ def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
         yield place, Row.of(case, verdict, found, time.monotonic() - began_s)
 
 
-def unit(case: Case) -> float:
-    """The relative distance of neighbours among the coarsest numbers that a step computes with."""
-    coarse = case.base.optimizer_value().coarse or case.base.model.precision == "bf16"
-    return torch.finfo(torch.bfloat16 if coarse else torch.float32).eps
+def units(case: Case) -> list[float]:
+    """The units of the roundings that may explain a difference, the finest first.
+
+    None where nothing is rounded differently. Neighbours among the coarsest numbers of a step are
+    so far apart; in some optimizers these are coarser than the model's, for some of the factors.
+    """
+    if case.in_bits:
+        return []
+    rounded = DTYPES[case.base.model.precision]
+    coarse = [torch.bfloat16] if case.base.optimizer_value().coarse else []
+    return sorted({torch.finfo(dtype).eps for dtype in (rounded, *coarse)})
