@@ -233,7 +233,7 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
             " + ".join(f"{count} {part}" for part, count in p.layers.items()),
             f"{p.params:,}",
             f"{p.images} x {p.samples_per_epoch / p.images:g} = {p.samples_per_epoch}",
-            f"{train.steps} x {train.batch_size} = {train.steps * train.batch_size}",
+            f"{train.steps} x {train.samples_per_step} = {train.steps * train.samples_per_step}",
             f"{p.epochs:.3g}",
             ", ".join(p.stages_done(root)) or "-",
             *([_as(folded, p.run.name)] if folded.folds else []),

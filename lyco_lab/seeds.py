@@ -29,7 +29,9 @@ _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 _STRIDE = -0x61C8864680B583EB
 
 
-def uniforms(key: int, step: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
+def uniforms(
+    key: int | torch.Tensor, step: torch.Tensor, size: int, device: torch.device
+) -> torch.Tensor:
     """`size` numbers in [0, 1) that depend on `key` and the whole number `step` alone.
 
     Made by hashing counters instead of advancing a generator: the same on every device, inside

@@ -47,7 +47,9 @@ class Mount(nn.Module):
         self.options = options
         self.strength = 1.0
         self.key = key  # of what is drawn for this layer
-        self.clock = clock  # forward passes so far; one tensor for all layers of an attachment
+        # Forward passes so far, and which part of the step's samples is seen: one tensor for all
+        # layers of an attachment.
+        self.clock = clock
         self.dtype = dtype  # in which the rule is computed
         self.gates: Tensor | None = None  # a row per sample, for adapters that see the timestep
         # torch's TransformerEncoderLayer computes from the weights of the layers inside it, and
@@ -105,7 +107,8 @@ class Mount(nn.Module):
         p = self.options.dropout
         if not (self.training and p):
             return x
-        kept = self._uniforms(1, x.numel()).view_as(x) >= p
+        # Parts of one size draw for their samples what the whole would.
+        kept = self._uniforms(1, x.numel(), self.clock[1] * x.numel()).view_as(x) >= p
         return torch.where(kept, x / (1 - p), 0.0)
 
     def scaled(self, change: Tensor) -> Tensor:
@@ -132,10 +135,10 @@ class Mount(nn.Module):
         p = self.options.module_dropout
         return ((self._uniforms(0, 1) >= p) / (1 - p)).to(self.dtype).squeeze()
 
-    def _uniforms(self, stream: int, size: int) -> Tensor:
+    def _uniforms(self, stream: int, size: int, first: Tensor | int = 0) -> Tensor:
         device = next(iter(self.factors.values())).device
         # Streams are far apart in the counters that are hashed.
-        return uniforms(self.key + (stream << 48), self.clock, size, device)
+        return uniforms(self.key + (stream << 48) + first, self.clock[0], size, device)
 
 
 def _no_hook(module: nn.Module, args: Any) -> None:

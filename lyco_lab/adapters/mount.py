@@ -80,7 +80,7 @@ def attach(
         if not isinstance(module, FactorDict):  # another adapter on this model keeps training
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
-    clock = torch.zeros((), dtype=torch.int64)
+    clock = torch.zeros(2, dtype=torch.int64)
     mounts = {
         target.name: _mount(target, options, seed, scales[target.name], clock, dtype)
         for target in resolved
@@ -163,7 +163,7 @@ class _Tick:
         self.clock = clock
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        self.clock.add_(1)
+        self.clock[0].add_(1)
 
 
 class _Gate:
@@ -425,11 +425,23 @@ class Mounted:
     @property
     def step(self) -> int:
         """Forward passes so far, of which what is drawn at random depends."""
-        return int(self._clock)
+        return int(self._clock[0])
 
     @step.setter
     def step(self, value: int) -> None:
-        self._clock.fill_(value)
+        self._clock[0].fill_(value)
+
+    @property
+    def part(self) -> int:
+        """Which of the parts, of one size, of a step's samples the model sees.
+
+        Dropout of inputs depends on it: parts have the masks that they would have together.
+        """
+        return int(self._clock[1])
+
+    @part.setter
+    def part(self, value: int) -> None:
+        self._clock[1].fill_(value)
 
     @property
     def is_one_weight(self) -> bool:

@@ -131,6 +131,8 @@ class Rates:
 @dataclass(frozen=True, kw_only=True)
 class Train(Noise, Loss, Rates):
     batch_size: int = 4
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
     grad_clip: float | None = 1.0
     ema_decay: float | None = None
     caption_dropout: float = 0.05
@@ -139,11 +141,15 @@ class Train(Noise, Loss, Rates):
     checkpoint_every: int = 100
     sample_every: int | None = None
 
+    @property
+    def samples_per_step(self) -> int:
+        return self.batch_size * self.accumulate
+
     def __post_init__(self) -> None:
         self._check_noise()
         self._check_loss()
         self._check_rates()
-        for key in ("batch_size", "checkpoint_every", "sample_every"):
+        for key in ("batch_size", "accumulate", "checkpoint_every", "sample_every"):
             at_least(f"train.{key}", getattr(self, key), 1)
         for key in ("grad_clip", "init_scale"):
             positive(f"train.{key}", getattr(self, key))

@@ -9,6 +9,7 @@
     schedule.py    the learning rate at each step
     callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
     checkpoint.py  the state of a run on disk
+    recompute.py   values of the forward pass that are computed twice instead of kept
     journal.py     train/metrics.csv
     guard.py       which layer a number that is not finite comes from
 
@@ -17,6 +18,7 @@ killed in between: everything random is drawn from (seed, step, rank), and a che
 everything else that moves.
 """
 
+from lyco_lab.train.module import suits
 from lyco_lab.train.stage import train
 
-__all__ = ["train"]
+__all__ = ["suits", "train"]

@@ -1,4 +1,7 @@
-"""What happens between two steps, in this order: a row, samples, a checkpoint, a stop."""
+"""What happens between two steps, in this order: a row, samples, a checkpoint, a stop.
+
+A step can have several batches (feed.py): only the last of them ends it.
+"""
 
 import signal
 import threading
@@ -40,8 +43,9 @@ class Rows(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        row = module.row
-        done = batch.step + 1
+        if not batch.last:
+            return
+        row, done = module.row, batch.step + 1
         if done % NORM_EVERY == 0 or done == self.steps:
             row["delta_norm"] = module.delta_norm()
         self.journal.write(row)
@@ -68,7 +72,7 @@ class Samples(lightning.Callback):
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         done, every = batch.step + 1, self.run.train.sample_every
-        if every is None or done % every:
+        if every is None or done % every or not batch.last:
             return
         prompts = list(dict.fromkeys(self.captions))[:SAMPLES]
         how = self.run.generate
@@ -131,6 +135,8 @@ class Saving(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        if not batch.last:
+            return
         done = batch.step + 1
         if done % self.every == 0 or done == self.steps or self.stop.asked:
             self.journal.sync()
@@ -154,4 +160,5 @@ class Steps(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.bar.advance(f"loss {module.row['loss']:.4f}")
+        if batch.last:
+            self.bar.advance(f"loss {module.row['loss']:.4f}")

@@ -23,9 +23,16 @@ from lyco_lab.config import Train
 from lyco_lab.config.groups import check
 from lyco_lab.data.batches import Batch
 from lyco_lab.diffusion.model import Diffusion
+from lyco_lab.diffusion.objective import Objective
 from lyco_lab.optimizers.base import Optimizer
 from lyco_lab.train import guard, loss, noise, optimizer, schedule
 from lyco_lab.train.checkpoint import State
+
+
+def suits(settings: Train, objective: Objective) -> None:
+    """Raise an error for settings that make no sense for what the model predicts."""
+    loss.check(settings, objective)
+    noise.check(settings, objective)
 
 
 class Training(lightning.LightningModule):
@@ -51,8 +58,7 @@ class Training(lightning.LightningModule):
             for name, factor in m.factors(layer).items()
         ]
         check(settings.groups, [factor.place for factor in factors])
-        for part in (loss, noise):
-            part.check(settings, diffusion.objective)
+        suits(settings, diffusion.objective)
         trained = [factor for factor in factors if factor.parameter.requires_grad]
         self.trained = [factor.parameter for factor in trained]
         self.clip_weights = optimizer.weights(settings, trained)
@@ -62,6 +68,7 @@ class Training(lightning.LightningModule):
         decay = settings.ema_decay
         self.average = None if decay is None else optimizer.Average(self.factors(), decay)
         self.row: dict[str, float | None] = {}  # the current step's, filled as it proceeds
+        self.losses: list[float] = []  # of its micro-batches
 
     def factors(self) -> dict[str, nn.Parameter]:
         """'part.layer.factor' -> parameter, in the order of the models."""
@@ -77,12 +84,14 @@ class Training(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         for mounted in self.mounted.values():
             mounted.train()
-            mounted.step = batch.step  # what is dropped depends on it, also after an interruption
+            # What is dropped depends on these alone, also after an interruption.
+            mounted.step, mounted.part = batch.step, batch.part
         share = schedule.share(self.settings, batch.step)
         own = [rule.rate(batch.step) for rule in self.rules]
         optimizer.set_rates(self.optimizer, [share * rate for rate in own])
         share *= self.rule.rate(batch.step)
         text = self.settings.rate("text_encoder") if "text_encoder" in self.mounted else None
+        self.losses = self.losses if self.row.get("step") == batch.step + 1 else []
         self.row = {
             "step": batch.step + 1,
             "lr": self.settings.rate("unet") * share,
@@ -94,7 +103,8 @@ class Training(lightning.LightningModule):
         value = found.item()
         if not math.isfinite(value):
             raise self.not_finite(f"the loss is {value}", batch)
-        self.row["loss"] = value
+        self.losses.append(value)
+        self.row["loss"] = sum(self.losses) / len(self.losses)
         return found
 
     def loss(self, batch: Batch) -> Tensor:
