@@ -11,17 +11,15 @@ from pathlib import Path
 
 from lyco_lab import gamma
 from lyco_lab.adapters.mount import survey
-from lyco_lab.config import Data, Run, Study
+from lyco_lab.config import Run, Study
 from lyco_lab.config.groups import check
-from lyco_lab.data import folder
+from lyco_lab.data.stage import count
 from lyco_lab.diffusion import targets
-from lyco_lab.diffusion.model import objective
 from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
-from lyco_lab.train import suits
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        return self.run.train.steps * self.run.train.samples_per_step / self.samples_per_epoch
+        return self.run.train.steps * self.run.train.batch_size / self.samples_per_epoch
 
     def stages_done(self, root: Path) -> list[str]:
         """Of this run's stages, those that a rerun will skip. Creates nothing."""
@@ -57,9 +55,8 @@ def plan(study: Study) -> list[Plan]:
 
 
 def _plan(run: Run) -> Plan:
-    images, samples = _count(run.data)
+    images, samples = _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
-    suits(run.train, objective(placed(run.model)))
     counts, narrowed = {}, 0
     for part in parts(placed(run.model), run.model.text_encoder):
         network = skeleton(placed(run.model), part)
@@ -77,11 +74,11 @@ def _plan(run: Run) -> Plan:
     )
 
 
-def _count(data: Data) -> tuple[int, int]:
+def _count(run: Run) -> tuple[int, int]:
     """Images, and samples per epoch."""
-    if data.folder is not None:
-        found = folder.read(Path(data.folder), data.repeats, data.limit)
-        return len(found.items), found.samples_per_epoch
+    data = run.data
+    if data.concept is None:
+        return count(run)
     subject = concept(str(data.concept))
     images = min(subject.images, data.limit or subject.images)
     return images, images * (data.repeats or subject.repeats)

@@ -206,7 +206,7 @@ def test_base_yaml_spells_out_every_setting_with_its_default():
     base = read_yaml(EXPERIMENTS / "base.yaml")
     spelled = {"seed": 0} | {name: dataclasses.asdict(cls()) for name, cls in SECTIONS.items()
                              if name != "data"}  # fmt: skip
-    spelled["data"] = {field.name: None for field in dataclasses.fields(Data)}
+    spelled["data"] = {field.name: field.default for field in dataclasses.fields(Data)}
     kinds = {"adapter": ADAPTERS["lora"](), "optimizer": OPTIMIZERS["adamw"]()}
     for name, default in kinds.items():
         spelled[name] = {"kind": type(default).__name__.lower()} | dataclasses.asdict(default)
@@ -383,8 +383,10 @@ def test_unknown_keys_and_wrong_types(refused, word, parts):
         ("train.warmup_steps=-1", "train.warmup_steps is -1"),
         ("train.sample_every=301", "no sample is drawn"),
         ("train.text_encoder_lr=1e-4", "model.text_encoder is false"),
-        ("data.folder=x", "exactly one of data.concept and data.folder"),
-        ("data.concept=null", "exactly one of data.concept and data.folder"),
+        ("data.folder=x", "exactly one of data.concept, data.folder and data.toml"),
+        ("data.toml=x", "exactly one of data.concept, data.folder and data.toml"),
+        ("data.concept=null", "exactly one of data.concept, data.folder and data.toml"),
+        ("data.flip=true", "data.concept is given: flip is for pictures of your own"),
         ("generate.images_per_type=0", "generate.images_per_type is 0"),
         ("generate.guidance=0.5", "generate.guidance is 0.5"),
         ("generate.seed=-1", "generate.seed is -1"),
@@ -392,6 +394,51 @@ def test_unknown_keys_and_wrong_types(refused, word, parts):
 )
 def test_values_and_combinations_that_cannot_work(refused, word, part):
     assert part in refused(overrides=[word])
+
+
+@pytest.mark.parametrize(
+    ("word", "part"),
+    [
+        ("data.balance=class", "did you mean 'classes'?"),
+        ("data.bad_files=skip", "data.bad_files is 'skip', needs one of error, drop"),
+        ("data.resolution=32", "data.resolution is 32, needs >= 64"),
+        ("data.buckets=[320, 960]", "data.buckets is [320, 960]"),
+        ("data.buckets=[320, 960, 60]", "[smallest, largest, step]"),
+        ("data.buckets=[320, 950, 64]", "[smallest, largest, step]"),
+        ("data.buckets=[960, 320, 64]", "[smallest, largest, step]"),
+        ("data.crop=random", "needs data.latents=live"),
+        ("data.masks=alhpa", "did you mean 'alpha'?"),
+        ("data.caption_extension=txt", "needs a leading '.'"),
+        ("data.trigger=''", "data.trigger is ''"),
+        ("data.trigger_rule=keep", "data.trigger is null"),
+        ("data.keep_tags=1", "tags are neither shuffled nor dropped"),
+        ("data.tag_separator=;", "tags are neither shuffled nor dropped"),
+        ("data.tag_separator=' '", "data.tag_separator is ' '"),
+        ("data.tag_dropout=1.1", "data.tag_dropout is 1.1"),
+        ("data.prior_share=0.5", "data.prior_share is 0.5, needs a data.prior"),
+        ("data.prior_weight=2", "data.prior_weight is 2.0, needs a data.prior"),
+        ("data.latents=bf16", "data.latents is 'bf16'"),
+    ],
+)
+def test_settings_of_data_that_cannot_work(refused, word, part):
+    assert part in refused("set: {data: {folder: x}}", overrides=[word])
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["data.prior=p", "data.prior_share=1"], "data.prior_share is 1.0, needs between 0 and 1"),
+        (["data.prior=p", "data.prior_weight=0"], "data.prior_weight is 0"),
+        (["data.repeats=3", "data.balance=classes"], "data.balance is 'classes', which sets them"),
+    ],
+)
+def test_settings_of_data_that_cannot_work_together(refused, words, part):
+    assert part in refused("set: {data: {folder: x}}", overrides=words)
+
+
+@pytest.mark.parametrize("word", ["data.flip=true", "data.buckets=[320, 960, 64]"])
+def test_what_a_toml_file_says_is_said_there(refused, word):
+    assert "is to be said in x.toml" in refused("set: {data.toml: x.toml}", overrides=[word])
 
 
 @pytest.mark.parametrize("word", ["optimizer.betas=[0.8, 0.9]", "optimizer.eps=1e-6"])
@@ -437,7 +484,6 @@ def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
         (["multires_noise_discount=0.3"], "does nothing without train.multires_noise_iterations"),
         (["multires_noise_iterations=6", "multires_noise_discount=1.1"], "a number in (0, 1]"),
         (["multires_noise_iterations=6", "noise_offset=0.1"], "use one of them"),
-        (["accumulate=0"], "train.accumulate is 0"),
         (["schedule=cosin"], "did you mean 'cosine'?"),
         (["schedule_end=0.1"], "does nothing without a train.schedule that falls"),
         (["schedule=linear", "schedule_end=1"], "train.schedule_end is 1.0"),

@@ -13,6 +13,7 @@ from lyco_lab import adapters, optimizers, record
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.options import Options
 from lyco_lab.config.checks import at_least, choose, need
+from lyco_lab.config.data import Data
 from lyco_lab.config.training import Train
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.optimizers.base import Optimizer
@@ -56,23 +57,6 @@ class Model:
         at_least("model.clip_skip", self.clip_skip, 1)
         choose("model.preset", self.preset, LAYER_PRESETS)
         choose("model.precision", self.precision, PRECISIONS)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    concept: str | None = None
-    folder: str | None = None
-    repeats: int | None = None
-    limit: int | None = None
-
-    def __post_init__(self) -> None:
-        if bool(self.concept) == bool(self.folder):
-            raise UserError(
-                "exactly one of data.concept and data.folder must be given, "
-                f"not {self.concept!r} and {self.folder!r}"
-            )
-        at_least("data.repeats", self.repeats, 1)
-        at_least("data.limit", self.limit, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

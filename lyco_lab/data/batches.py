@@ -1,46 +1,36 @@
 """What a training step sees, as a pure function of (seed, step, rank).
 
-The images of an epoch are shuffled, each as often as its repeats say, and the epochs laid end to
-end; a batch is the next `batch_size` of them, so all batches are full however few images there
-are. Noise, timesteps and dropped captions come from generators of their own. Nothing is carried
-from one step to the next: a run that resumes at a step draws what it would have drawn.
+Which images is order.py's to say. Noise, timesteps, dropped captions, mirrored images and shuffled
+tags come from generators of their own, drawn for all processes together and dealt to them in turn:
+two processes see the two halves of what one would see with twice the batch. Nothing is carried from
+one step to the next: a run that resumes at a step draws what it would have drawn.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from lyco_lab.data.cache import Cache
+from lyco_lab.data.cache import Pictures
+from lyco_lab.data.order import Order
 from lyco_lab.diffusion.model import Sizes
-from lyco_lab.seeds import generator
+from lyco_lab.seeds import derive, generator
+
+__all__ = ["Batch", "Batches", "Material", "Order", "draw"]
 
 
-@dataclass(frozen=True)
-class Order:
-    """Which images each step shows. `ranks` processes share a step's images, `rank` is ours."""
+class Material(Protocol):
+    """What batches are made of: cache.py's in memory, stored.py's on disk."""
 
-    repeats: tuple[int, ...]
-    batch_size: int
-    seed: int
-    rank: int = 0
-    ranks: int = 1
+    def pictures(self, indices_B: Tensor, flip_B: Tensor, at_B2: Tensor) -> Pictures: ...
 
-    def indices(self, step: int) -> Tensor:
-        """The images of step 0, 1, …"""
-        first = (step * self.ranks + self.rank) * self.batch_size
-        length = sum(self.repeats)
-        places = (divmod(first + i, length) for i in range(self.batch_size))
-        return torch.stack([_epoch(self.repeats, self.seed, e)[place] for e, place in places])
+    def texts(
+        self, indices_B: Tensor, dropped_B: Tensor, seeds: Callable[[int], int]
+    ) -> dict[str, Tensor]: ...
 
-
-@lru_cache(maxsize=4)
-def _epoch(repeats: tuple[int, ...], seed: int, epoch: int) -> Tensor:
-    shown = torch.repeat_interleave(torch.arange(len(repeats)), torch.tensor(repeats))
-    return shown[torch.randperm(len(shown), generator=generator(seed, "order", epoch))]
+    def dropout(self, indices_B: Tensor, rate: float) -> Tensor: ...
 
 
 class Batch(NamedTuple):
@@ -52,36 +42,50 @@ class Batch(NamedTuple):
     noise_BCHW: Tensor
     timesteps_B: Tensor
     sizes: Sizes
-    text: dict[str, Tensor]  # B rows of each of the cache's
+    text: dict[str, Tensor]  # B rows of each of the material's
     # Factors of the squared errors, (B, 1, H, W) or (B, 1, 1, 1): masks, and prior images' weight.
     weights: Tensor | None = None  # None: 1
     prior_B: Tensor | None = None  # which only keep the model from forgetting; None: none
     perturbation_BCHW: Tensor | None = None  # of the noise as the denoiser sees it; None: 0
-    part: int = 0  # which of the parts of the step's samples this is
-    last: bool = True  # that this process sees of the step
 
 
-def draw(cache: Cache, order: Order, step: int, *, timesteps: int, caption_dropout: float) -> Batch:
+def draw(
+    material: Material, order: Order, step: int, *, timesteps: int, caption_dropout: float
+) -> Batch:
     """The batch of `step`. `timesteps`: how many there are to draw from."""
     indices_B = order.indices(step)
+    first = order.rank * order.batch_size
+    ours = slice(first, first + order.batch_size)
 
-    def rng(what: str) -> torch.Generator:
-        return generator(order.seed, what, step, order.rank)
+    def dealt(what: str, make: Callable[[Generator], Tensor]) -> Tensor:
+        return make(generator(order.seed, what, step, 0))[ours]
 
-    mean_BCHW = cache.latents.mean_NCHW[indices_B]
-    shape = mean_BCHW.shape
-    deviation_BCHW = cache.latents.std_NCHW[indices_B] * torch.randn(shape, generator=rng("latent"))
-    dropped_B = torch.rand(len(indices_B), generator=rng("dropout")) < caption_dropout
-    empty = len(next(iter(cache.text.values()))) - 1
-    captions_B = torch.where(dropped_B, empty, indices_B)
+    def uniform(what: str, *shape: int) -> Tensor:
+        return dealt(what, lambda rng: torch.rand((order.together, *shape), generator=rng))
+
+    found = material.pictures(indices_B, uniform("flip") < 0.5, uniform("crop", 2))
+    mean_BCHW, std_BCHW = found.latents
+    shape = (order.together, *mean_BCHW.shape[1:])
+
+    def normal(what: str) -> Tensor:
+        return dealt(what, lambda rng: torch.randn(shape, generator=rng))
+
+    def seed(place: int) -> int:
+        return derive(order.seed, "caption", step, first + place)
+
+    dropped_B = uniform("dropout") < material.dropout(indices_B, caption_dropout)
     return Batch(
         step=step,
         indices_B=indices_B,
-        latents_BCHW=mean_BCHW + deviation_BCHW,
-        noise_BCHW=torch.randn(shape, generator=rng("noise")),
-        timesteps_B=torch.randint(timesteps, (len(indices_B),), generator=rng("timestep")),
-        sizes=cache.sizes.rows(indices_B),
-        text={name: rows[captions_B] for name, rows in cache.text.items()},
+        latents_BCHW=mean_BCHW + std_BCHW * normal("latent"),
+        noise_BCHW=normal("noise"),
+        timesteps_B=dealt(
+            "timestep", lambda rng: torch.randint(timesteps, (order.together,), generator=rng)
+        ),
+        sizes=found.sizes,
+        text=material.texts(indices_B, dropped_B, seed),
+        weights=found.weights,
+        prior_B=found.prior_B,
     )
 
 
@@ -89,7 +93,7 @@ def draw(cache: Cache, order: Order, step: int, *, timesteps: int, caption_dropo
 class Batches:
     """The batches of steps `start` to `stop`, `stop` not included; iterable again and again."""
 
-    cache: Cache
+    material: Material
     order: Order
     start: int
     stop: int
@@ -102,7 +106,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for step in range(self.start, self.stop):
             yield draw(
-                self.cache,
+                self.material,
                 self.order,
                 step,
                 timesteps=self.timesteps,

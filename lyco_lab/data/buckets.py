@@ -35,6 +35,11 @@ class Fit(NamedTuple):
     corner: tuple[int, int]  # left, top, where the middle is kept
     size: tuple[int, int]  # width, height
 
+    def seen(self, flip: bool) -> tuple[int, int]:
+        """The corner, if the image had been mirrored before it was cut."""
+        left, top = self.corner
+        return (self.resized[0] - self.size[0] - left if flip else left), top
+
 
 @dataclass(frozen=True)
 class Sizing:

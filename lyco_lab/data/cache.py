@@ -5,14 +5,33 @@ the text encoders train too and have to be run in every step. The row after the 
 the empty caption's, which caption dropout puts in place of others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lyco_lab.data.folder import Dataset, read_image
+from lyco_lab.data.order import Order
 from lyco_lab.diffusion.model import Diffusion, Latents, Sizes
 from lyco_lab.errors import UserError
+
+
+class Spread(NamedTuple):
+    """Means and deviations of latents."""
+
+    mean_BCHW: Tensor
+    std_BCHW: Tensor
+
+
+class Pictures(NamedTuple):
+    """What a batch needs to know of its images."""
+
+    latents: Spread
+    sizes: Sizes
+    weights: Tensor | None = None  # (B, 1, H, W) or (B, 1, 1, 1), in the loss; None: 1
+    prior_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,25 @@ class Cache:
     sizes: Sizes
     text: dict[str, Tensor]  # N + 1 rows each
     cut_captions: int  # how many are longer than the text encoder reads
+    repeats: tuple[int, ...] = ()
+
+    def order(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Order:
+        return Order(self.repeats, batch_size, seed, rank, ranks)
+
+    def pictures(self, indices_B: Tensor, flip_B: Tensor, at_B2: Tensor) -> Pictures:
+        """As they are, neither mirrored nor cut elsewhere."""
+        mean, std = self.latents.mean_NCHW[indices_B], self.latents.std_NCHW[indices_B]
+        return Pictures(Spread(mean, std), self.sizes.rows(indices_B))
+
+    def texts(
+        self, indices_B: Tensor, dropped_B: Tensor, seeds: Callable[[int], int]
+    ) -> dict[str, Tensor]:
+        empty = len(next(iter(self.text.values()))) - 1
+        captions_B = torch.where(dropped_B, empty, indices_B)
+        return {name: rows[captions_B] for name, rows in self.text.items()}
+
+    def dropout(self, indices_B: Tensor, rate: float) -> Tensor:
+        return torch.full((len(indices_B),), rate)
 
 
 def build(diffusion: Diffusion, dataset: Dataset, *, text_states: bool) -> Cache:
@@ -39,6 +77,7 @@ def build(diffusion: Diffusion, dataset: Dataset, *, text_states: bool) -> Cache
         sizes=_sizes(dataset, diffusion.image_size),
         text={name: rows.cpu() for name, rows in text.items()},
         cut_captions=sum(map(diffusion.too_long, dataset.captions)),
+        repeats=dataset.repeats,
     )
 
 

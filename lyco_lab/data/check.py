@@ -11,6 +11,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from lyco_lab.data.headers import Unusable, strict
@@ -50,8 +52,8 @@ def mask_digest(path: Path) -> bytes:
         raise UserError(f"cannot read the mask {path}: {error.strerror}") from error
 
 
-def check(index: Index, memo: Memo, title: str = "images checked") -> tuple[Index, list[bytes]]:
-    """The images whose pixels can be read, and the digests of their files."""
+def check(index: Index, memo: Memo) -> tuple[Index, list[bytes], NDArray[np.int64]]:
+    """The images whose pixels can be read, their files' digests, and their old places."""
     digests: dict[int, bytes] = {}
     reasons: dict[int, str] = {}
     todo: list[tuple[int, str, Stamp, Known]] = []
@@ -77,7 +79,11 @@ def check(index: Index, memo: Memo, title: str = "images checked") -> tuple[Inde
     saved_s = time.monotonic()
     if todo:
         # Decoding leaves Python's lock, so threads share the work.
-        with strict(), ThreadPoolExecutor(os.cpu_count()) as pool, Bar(title, len(todo)) as bar:
+        with (
+            strict(),
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+            Bar("images checked", len(todo)) as bar,
+        ):
             for rows in chunks(len(todo), AT_ONCE):
                 tasks = [todo[row] for row in rows]
                 for (i, file, now, known), found in zip(tasks, pool.map(look, tasks), strict=True):
@@ -93,5 +99,6 @@ def check(index: Index, memo: Memo, title: str = "images checked") -> tuple[Inde
                     memo.save()
                     saved_s = time.monotonic()
     memo.save()
+    kept = np.array(sorted(digests), np.int64)
     left = index.drop(reasons) if reasons else index
-    return left, [digests[i] for i in range(len(index)) if i in digests]
+    return left, [digests[i] for i in kept.tolist()], kept

@@ -74,9 +74,9 @@ class _Columns:
 
 
 class Memo:
-    """Rows of before, and those learned since; files by their full path."""
+    """Rows of before, and those learned since; files by their full path. None: nothing is kept."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.read = 0  # files that had to be opened
         self._load()
@@ -113,7 +113,7 @@ class Memo:
 
     def save(self) -> None:
         """Write what is known, the later row of a file replacing the earlier."""
-        if not self._learned.file:
+        if self.path is None or not self._learned.file:
             return
         table = pa.concat_tables([self._table, self._learned.table()]).combine_chunks()
         last = {file: i for i, file in enumerate(table["file"].to_pylist())}
@@ -128,8 +128,10 @@ class Memo:
         self._load()
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path | None) -> Any:
     """The rows of a memo; of one that is damaged or of another version, none."""
+    if path is None:
+        return SCHEMA.empty_table()
     try:
         with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
             if reader.schema.equals(SCHEMA, check_metadata=True):

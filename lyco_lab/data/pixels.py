@@ -25,7 +25,7 @@ class Picture:
 
     pixels_HWC: NDArray[np.uint8]
     mask_hw: NDArray[np.uint8] | None  # per latent, 255 for 1
-    corner: tuple[int, int]  # left, top of the part that was kept, in the resized image
+    corner: tuple[int, int]  # left, top of the part that was kept, of the resized, mirrored image
 
 
 def read(
@@ -54,7 +54,7 @@ def read(
         room = (how.resized[0] - size[0], how.resized[1] - size[1])
         how = how._replace(corner=(round(at[0] * room[0]), round(at[1] * room[1])))
     pixels = np.asarray(_cut(image, how, flip))
-    return Picture(pixels, _mask(file, expected, how, flip, masks, mask, cell), how.corner)
+    return Picture(pixels, _mask(file, expected, how, flip, masks, mask, cell), how.seen(flip))
 
 
 def _cut(image: Image.Image, how: Fit, flip: bool) -> Image.Image:

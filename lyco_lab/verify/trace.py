@@ -19,6 +19,7 @@ from lyco_lab.config import Model, Run
 from lyco_lab.data.batches import Batch
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
+from lyco_lab.data.stored import Stored
 from lyco_lab.diffusion.model import Diffusion
 from lyco_lab.errors import Interrupted
 from lyco_lab.seeds import generator
@@ -63,8 +64,6 @@ class Recorder(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not batch.last:
-            return
         done = batch.step + 1
         self.trace.losses.append(module.row["loss"])
         deltas = deltas_of(module)
@@ -132,9 +131,9 @@ class Bench:
 
     def __init__(self, images: Dataset) -> None:
         self.images = images
-        self.held: tuple[Model, Diffusion, Cache] | None = None
+        self.held: tuple[Model, Diffusion, Cache | Stored] | None = None
 
-    def of(self, run: Run) -> tuple[Diffusion, Cache]:
+    def of(self, run: Run) -> tuple[Diffusion, Cache | Stored]:
         key = replace(run.model, preset="full")  # which layers are adapted is another matter
         if self.held is None or self.held[0] != key:
             self.held = None  # two full models may not fit
@@ -170,7 +169,7 @@ def follow(
 
 
 @contextmanager
-def mounted(run: Run, bench: Bench, strength: float) -> Iterator[tuple[Training, Cache]]:
+def mounted(run: Run, bench: Bench, strength: float) -> Iterator[tuple[Training, Cache | Stored]]:
     """The run's adapter on the bench's model; the model as it was afterwards."""
     diffusion, cached = bench.of(run)
     held = stage.mount(run, diffusion)

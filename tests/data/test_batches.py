@@ -56,6 +56,8 @@ def cache(images=5, size=2):
 
 
 def same(a, b):
+    if a is None or b is None:
+        return a is b
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     if isinstance(a, tuple):
@@ -119,7 +121,7 @@ def test_dropped_captions_are_the_empty_one_at_the_asked_rate():
 
 def test_dropout_changes_nothing_else():
     for without, with_ in zip(batches(dropout=0.0), batches(dropout=1.0), strict=True):
-        assert same(without[:-1], with_[:-1])
+        assert same(without._replace(text={}), with_._replace(text={}))
         assert (with_.text["ids"] == 5).all() and (with_.text["ids_2"] == 50).all()
 
 

@@ -38,7 +38,7 @@ def test_a_bad_image_stops_the_stage(tmp_path, tiny_concept):
     folder = shutil.copytree(tiny_concept, tmp_path / "bad")
     (folder / "0005.png").write_bytes(b"")
     run, record = opened(tmp_path, folder=str(folder))
-    with pytest.raises(UserError, match="cannot read the image .*0005.png"):
+    with pytest.raises(UserError, match="1 of the 6 images of .*0005.png .empty file"):
         prepare(run, record)
     assert not record.done("data")
 
