@@ -15,11 +15,13 @@ from lyco_lab.config import Run, Study
 from lyco_lab.config.groups import check
 from lyco_lab.data.stage import count
 from lyco_lab.diffusion import targets
+from lyco_lab.diffusion.model import objective
 from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
+from lyco_lab.train import suits
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Plan:
 
     @property
     def epochs(self) -> float:
-        return self.run.train.steps * self.run.train.batch_size / self.samples_per_epoch
+        return self.run.train.steps * self.run.train.samples_per_step / self.samples_per_epoch
 
     def stages_done(self, root: Path) -> list[str]:
         """Of this run's stages, those that a rerun will skip. Creates nothing."""
@@ -57,6 +59,7 @@ def plan(study: Study) -> list[Plan]:
 def _plan(run: Run) -> Plan:
     images, samples = _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
+    suits(run.train, objective(placed(run.model)))
     counts, narrowed = {}, 0
     for part in parts(placed(run.model), run.model.text_encoder):
         network = skeleton(placed(run.model), part)

@@ -484,6 +484,7 @@ def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
         (["multires_noise_discount=0.3"], "does nothing without train.multires_noise_iterations"),
         (["multires_noise_iterations=6", "multires_noise_discount=1.1"], "a number in (0, 1]"),
         (["multires_noise_iterations=6", "noise_offset=0.1"], "use one of them"),
+        (["accumulate=0"], "train.accumulate is 0"),
         (["schedule=cosin"], "did you mean 'cosine'?"),
         (["schedule_end=0.1"], "does nothing without a train.schedule that falls"),
         (["schedule=linear", "schedule_end=1"], "train.schedule_end is 1.0"),

@@ -47,6 +47,8 @@ class Batch(NamedTuple):
     weights: Tensor | None = None  # None: 1
     prior_B: Tensor | None = None  # which only keep the model from forgetting; None: none
     perturbation_BCHW: Tensor | None = None  # of the noise as the denoiser sees it; None: 0
+    part: int = 0  # which of the parts of the step's samples this is
+    last: bool = True  # that this process sees of the step
 
 
 def draw(

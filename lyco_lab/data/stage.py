@@ -66,6 +66,7 @@ def say(run: Run, samples: Samples) -> None:
             int((~index.prior_N).sum()),
             int(index.repeats_N[~index.prior_N].sum()),
             batch_size=run.train.batch_size,
+            accumulation=run.train.accumulate,
             prior_share=samples.prior_share,
             steps=run.train.steps,
         )

@@ -39,9 +39,10 @@ from lyco_lab.record import Record
 from lyco_lab.tracking import track
 from lyco_lab.train.callbacks import Rows, Samples, Saving, Steps, Stop
 from lyco_lab.train.checkpoint import Checkpoints
-from lyco_lab.train.feed import Feed
+from lyco_lab.train.feed import Feed, parts
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
+from lyco_lab.train.recompute import recomputing
 
 STAGE = "train"
 ADAPTER = "adapter.safetensors"
@@ -148,10 +149,16 @@ def fit(
     between: list[lightning.Callback],
 ) -> None:
     """Steps `first` to the last, by Lightning's Trainer."""
-    with quiet(), Bar(f"{run.name}: train", run.train.steps, first) as bar:
+    again = list(module.mounted) if run.train.gradient_checkpointing else []
+    with (
+        quiet(),
+        recomputing([module.diffusion.parts[part] for part in again]),
+        Bar(f"{run.name}: train", run.train.steps, first) as bar,
+    ):
         trainer = lightning.Trainer(
             accelerator=module.diffusion.denoiser.device.type,
             devices=1,
+            accumulate_grad_batches=run.train.accumulate,
             max_epochs=1,  # the batches are one long epoch, from `first` to the end
             callbacks=[*between, Steps(bar)],
             plugins=[LightningEnvironment()],  # one process, whatever cluster it runs on
@@ -161,22 +168,25 @@ def fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        order = cached.order(
-            run.train.batch_size, run.seed, trainer.global_rank, trainer.world_size
-        )
-        feed = Feed(run.train, module.diffusion.objective, cached, order, first)
+        rank, ranks = trainer.global_rank, trainer.world_size
+        orders = [
+            cached.order(size, run.seed, part, count)
+            for size, part, count in parts(run.train, rank, ranks)
+        ]
+        feed = Feed(run.train, module.diffusion.objective, cached, orders, first)
         trainer.fit(module, train_dataloaders=feed)
 
 
 def metadata(run: Run, images: Dataset) -> dict[str, str]:
     """What the adapter file says of its training; no dates, so equal factors are equal files."""
     settings, plain = run.train, run.to_dict()
-    epochs = settings.steps * settings.batch_size / images.samples_per_epoch
+    epochs = settings.steps * settings.samples_per_step / images.samples_per_epoch
     return {
         "ss_output_name": run.name,
         "ss_seed": str(run.seed),
         "ss_steps": str(settings.steps),
         "ss_epoch": str(math.ceil(epochs)),
+        "ss_gradient_accumulation_steps": str(settings.accumulate),
         "ss_learning_rate": str(settings.lr),
         "ss_optimizer": str(run.optimizer["kind"]),
         "ss_num_train_images": str(images.samples_per_epoch),

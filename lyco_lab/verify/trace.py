@@ -64,6 +64,8 @@ class Recorder(lightning.Callback):
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
+        if not batch.last:
+            return
         done = batch.step + 1
         self.trace.losses.append(module.row["loss"])
         deltas = deltas_of(module)
