@@ -192,6 +192,35 @@ def doctor(
             raise typer.Exit(1)
 
 
+@app.command("import-config")
+def import_config(
+    file: Annotated[Path, typer.Argument(help="A training TOML of sd-scripts.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study to write. [its output_name]")
+    ] = None,
+    epoch_steps: Annotated[
+        float | None,
+        typer.Option(min=1, help="Steps of an epoch, where the images cannot be counted."),
+    ] = None,
+) -> None:
+    """Write the study that a training TOML describes, and list what it could not carry over."""
+    with exit_codes(kept=False):
+        from lyco_lab.import_config import import_config as write
+
+        made = write(file, out, epoch_steps)
+        typer.echo(f"{made.carried} settings in {made.study.folder / 'study.yaml'}")
+        for title, found in (
+            ("not carried over, or not whole", made.left),
+            ("without effect here", made.idle),
+        ):
+            if found:
+                typer.echo(f"{title}:")
+            for key, why in found.items():
+                typer.echo(f"  {key}: {why}")
+        typer.echo("write its question and expectation, then: ", nl=False)
+        typer.echo(f"lyco-lab run {shlex.quote(str(made.study.folder))} --dry-run")
+
+
 def _load(study: Path, settings: list[str] | None, wandb: str | None) -> "Study":
     from lyco_lab.config import load_study
 
