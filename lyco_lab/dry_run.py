@@ -15,7 +15,7 @@ from lyco_lab.config import Run, Study
 from lyco_lab.config.groups import check
 from lyco_lab.data.stage import count
 from lyco_lab.diffusion import targets
-from lyco_lab.diffusion.model import objective
+from lyco_lab.diffusion.model import objective, sound
 from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import placed
@@ -57,6 +57,7 @@ def plan(study: Study) -> list[Plan]:
 
 
 def _plan(run: Run) -> Plan:
+    sound(placed(run.model))
     images, samples = _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
     suits(run.train, objective(placed(run.model)))

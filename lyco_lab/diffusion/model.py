@@ -38,17 +38,29 @@ def opened(model: Named) -> tuple[Source, type[Diffusion]]:
     return source, family
 
 
+def sound(model: Named) -> None:
+    """Raise the errors that need no weights to be seen, as `load` would."""
+    source, family = opened(model)
+    given(source, family)
+    scheduled(source)
+
+
+def given(source: Source, family: type[Diffusion]) -> list[str]:
+    """The tokenizers and networks that the model has, which have to be all but the optional."""
+    found = [part for part in (*family.words, *family.networks) if present(source, family, part)]
+    missing = source.missing([*found, "vae", "scheduler"])
+    if missing:
+        raise UserError(f"{source.name} is not a whole model: it has no {', '.join(missing)}")
+    return found
+
+
 def load(model: Named, dtype: torch.dtype = torch.float32) -> Diffusion:
     """The model, all parts in `dtype` but the VAE. It is never fetched from anywhere."""
     source, family = opened(model)
-    given = [part for part in (*family.words, *family.networks) if present(source, family, part)]
-    missing = source.missing([*given, "vae", "scheduler"])
-    if missing:
-        raise UserError(f"{source.name} is not a whole model: it has no {', '.join(missing)}")
-    schedule, predicted = scheduled(source)
+    parts, (schedule, predicted) = given(source, family), scheduled(source)
     made: dict[str, Any] = {"schedule": schedule, "objective": predicted, "dtype": dtype}
     with quiet():
-        for part in given:
+        for part in parts:
             if part in family.networks:
                 made[part] = network(source, family, part, dtype)
             else:

@@ -115,6 +115,9 @@ class Folder(Source):
                 f"model.tokenizer is {model.tokenizer!r}, but {self.name} is a folder with "
                 "a tokenizer of its own: leave it null"
             )
+        for part in DENOISERS:
+            if (folder / part).is_dir():
+                self.variant(part)
 
     @property
     def configs(self) -> Path:

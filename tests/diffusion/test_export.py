@@ -7,8 +7,11 @@ import pytest
 import safetensors
 import torch
 
+from lyco_lab.adapters.lora import LoRA
+from lyco_lab.adapters.mount import attach
 from lyco_lab.config import Data, Run, Train, Wandb
 from lyco_lab.data.stage import prepare
+from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import load
 from lyco_lab.formats import kohya
 from lyco_lab.record import Record
@@ -70,6 +73,42 @@ def diffusers_own(folder, file):
     return (images * 255).round().astype(int)
 
 
+@pytest.mark.parametrize("family", PREFIXES)
+def test_a_file_has_the_layout_s_names_and_is_read_back(tiny_of, tmp_path, family):
+    diffusion = load(tiny_of(family))
+    before = {
+        name: attach(part, LoRA(rank=2), targets.match(part, "attn-mlp", name), seed=0)
+        for name, part in diffusion.parts.items()
+    }
+    with torch.no_grad():
+        for factor in (f for m in before.values() for f in m.named_factors().values()):
+            factor += 0.1
+    kohya.save(tmp_path / "a.safetensors", before, diffusion.described)
+    assert prefixes(tmp_path / "a.safetensors") == PREFIXES[family]
+    assert not any("text_model_text_model" in key for key in keys_of(tmp_path / "a.safetensors"))
+    after = kohya.apply(tmp_path / "a.safetensors", load(tiny_of(family)).parts)
+    assert after.keys() == before.keys()
+    for name, mounted in before.items():
+        found = after[name].named_factors()
+        assert found.keys() == mounted.named_factors().keys()
+        for key, factor in mounted.named_factors().items():
+            assert torch.equal(found[key], factor)
+
+
+def test_the_names_are_those_of_sdxl_s_own_modules(tiny_of, tmp_path):
+    diffusion = load(tiny_of("sdxl"))
+    mounted = {
+        name: attach(part, LoRA(rank=2), targets.match(part, "attn-only", name), seed=0)
+        for name, part in diffusion.parts.items()
+    }
+    kohya.save(tmp_path / "a.safetensors", mounted, {})
+    assert {
+        "lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight",
+        "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+    } <= set(keys_of(tmp_path / "a.safetensors"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["folder", "safetensors", "ckpt"])
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -97,8 +136,11 @@ def test_a_transformer_is_trained_and_its_file_read_again(
 def prefixes(file):
     """What the keys of the file begin with; every key begins with one of them."""
     known = set.union(*PREFIXES.values())
-    with safetensors.safe_open(file, framework="pt") as opened:
-        keys = list(opened.keys())
-    found = [{prefix for prefix in known if key.startswith(prefix)} for key in keys]
+    found = [{prefix for prefix in known if key.startswith(prefix)} for key in keys_of(file)]
     assert all(len(one) == 1 for one in found)
     return set.union(*found)
+
+
+def keys_of(file):
+    with safetensors.safe_open(file, framework="pt") as opened:
+        return list(opened.keys())

@@ -14,7 +14,7 @@ from lyco_lab.adapters.tlora import TLoRA
 from lyco_lab.config import Model
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.families import FAMILIES
-from lyco_lab.diffusion.model import Sizes, fingerprint, load
+from lyco_lab.diffusion.model import Sizes, fingerprint, load, sound
 from lyco_lab.diffusion.skeleton import image_side, parts, skeleton
 from lyco_lab.errors import UserError
 from lyco_lab.seeds import generator
@@ -319,8 +319,9 @@ def test_models_for_something_else_are_refused(tiny_of, tmp_path):
 def test_a_folder_that_is_not_whole_says_what_it_lacks(tiny_of, tmp_path, part):
     copy = shutil.copytree(tiny_of("sdxl"), tmp_path / "copy")
     shutil.rmtree(copy / part)
-    with pytest.raises(UserError, match=f"is not a whole model: it has no {part}$"):
-        load(copy)
+    for opening in (load, sound):
+        with pytest.raises(UserError, match=f"is not a whole model: it has no {part}$"):
+            opening(copy)
 
 
 def test_a_tokenizer_without_its_files_is_seen(tiny_of, tmp_path):

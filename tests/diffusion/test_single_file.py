@@ -9,7 +9,7 @@ import torch
 
 from lyco_lab.config import Model
 from lyco_lab.diffusion import single_file
-from lyco_lab.diffusion.model import fingerprint, load
+from lyco_lab.diffusion.model import fingerprint, load, sound
 from lyco_lab.diffusion.original_names import unet as unet_names
 from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
@@ -181,8 +181,9 @@ def test_a_file_that_lacks_something_says_what(tiny_of, tiny_configs, tmp_path, 
 
 def test_what_sd_2_predicts_has_to_be_said(model_of, tiny_configs, tiny_of, tmp_path):
     model = dataclasses.replace(model_of("sd2", "safetensors"), prediction=None)
-    with pytest.raises(UserError, match="does not say what it predicts: set model.prediction"):
-        load(model)
+    for opening in (load, sound):
+        with pytest.raises(UserError, match="does not say what it predicts: set model.prediction"):
+            opening(model)
     noted = original.save_safetensors(
         original.tensors(tiny_of("sd2")),
         tmp_path / "noted.safetensors",

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lyco_lab.config import Model
-from lyco_lab.diffusion.model import fingerprint, load
+from lyco_lab.diffusion.model import fingerprint, load, sound
 from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
 from tests.diffusion import original
@@ -38,8 +38,9 @@ def off_by(loaded, folder, part="unet"):
 
 def test_trained_and_averaged_weights_of_a_folder_are_chosen(copy, tiny_of):
     add(copy, 1.0, "non_ema")
-    with pytest.raises(UserError, match="two sets of weights.*model.weights=non-ema or"):
-        load(copy)
+    for opening in (load, sound, lambda path: parts(path, True)):
+        with pytest.raises(UserError, match="two sets of weights.*model.weights=non-ema or"):
+            opening(copy)
     chosen = {w: load(Model(path=str(copy), weights=w)) for w in ("ema", "non-ema")}
     assert off_by(chosen["ema"], tiny_of("sd1")) == 0
     assert off_by(chosen["non-ema"], tiny_of("sd1")) == pytest.approx(1)
