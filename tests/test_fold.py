@@ -24,8 +24,8 @@ from lyco_lab.record import STAGES, Record
 from lyco_lab.train import train
 from tests.report.shared import small_study
 
-# `half` is `one` with gamma = 1/4 and s = 2; `ninth` with gamma = 1/9 and s = 3. `stays` is `half`
-# with the decay of `one`.
+# `half` is `one` with gamma = 1/4 and s = 2; `ninth` with gamma = 1/9 and s = 3; `sixth` is `ninth`
+# with s = 2. `stays` is `half` with the decay of `one`.
 HALF = {"adapter": {"kind": "lora", "rank": 2, "alpha": 0.5}, "train.init_scale": 2.0}
 RUNS = {
     "one": {"adapter": {"kind": "lora", "rank": 2, "alpha": 2.0}, "train.lr": 2.0**-6},
@@ -35,13 +35,21 @@ RUNS = {
         "train": {"lr": 3 * 2.0**-6, "init_scale": 3.0},
         "optimizer": {"eps": 1e-8 / 3, "weight_decay": 0.1 / 3},
     },
+    "sixth": {
+        "adapter": {"kind": "lora", "rank": 2, "alpha": 2 / 9 / 4},
+        "train": {"lr": 6 * 2.0**-6, "init_scale": 6.0},
+        "optimizer": {"eps": 1e-8 / 3 / 2, "weight_decay": 0.1 / 3 / 2},
+    },
     "stays": HALF | {"train.lr": 2.0**-5, "optimizer": {"eps": 5e-9, "weight_decay": 0.1}},
 }
 
 
+FOUR = ("one", "half", "ninth", "stays")
+
+
 @pytest.fixture
 def study(tmp_path, tiny_sd, tiny_concept):
-    """Write and load a study of some of RUNS."""
+    """Write and load a study of some of RUNS, by default of FOUR."""
 
     def load(*names, pairs=(), **settings):
         common = {
@@ -53,7 +61,7 @@ def study(tmp_path, tiny_sd, tiny_concept):
         }
         folder = tmp_path / "mine"
         folder.mkdir(exist_ok=True)
-        runs = [{"name": name, "set": RUNS[name]} for name in names or RUNS]
+        runs = [{"name": name, "set": RUNS[name]} for name in names or FOUR]
         text = {"question": "Q?", "expectation": "E.", "set": common, "runs": runs}
         (folder / "study.yaml").write_text(yaml.safe_dump(text | {"pairs": list(pairs)}))
         return load_study(folder)
@@ -176,13 +184,26 @@ def test_the_one_that_has_begun_goes_on(study, ran, tmp_path):
 def test_a_shared_result_is_passed_on_under_the_name_of_who_trained(study, ran, tmp_path):
     root = tmp_path / "runs"
     local.run_study(study("one", "ninth"), root, quiet)
-    mine = study("ninth", "half")  # without `one`
+    mine = study("ninth", "sixth")  # without `one`
+    assert folding(mine, root).folds["sixth"].how == "bit for bit"
     ran.clear()
     local.run_study(mine, root, quiet)
     assert trainings(ran) == []
-    facts = Record(folder_of(mine, "half", root)).facts("train")
+    facts = Record(folder_of(mine, "sixth", root)).facts("train")
     one = study("one").run("one").folder_name
     assert (facts["shared_from"], facts["equivalence"]) == (one, "up to rounding")
+
+
+def test_a_run_that_another_command_trained_meanwhile_gets_no_images(study, ran, tmp_path):
+    mine, root = study("one", "half"), tmp_path / "runs"
+    local.run_study(study("one"), root, quiet)
+    fold = folding(mine, root).folds["half"]
+    half = Record.open(root, mine.run("half"))
+    for stage in STAGES[:2]:
+        local.BY_NAME[stage](mine.run("half"), half)
+    for stage in STAGES[1:]:
+        local.share(fold, root, stage)
+    assert trained(half) and not half.done("generate") and not half.done("evaluate")
 
 
 def test_no_fold_trains_every_run_and_keeps_what_trained(study, ran, tmp_path):
@@ -192,7 +213,7 @@ def test_no_fold_trains_every_run_and_keeps_what_trained(study, ran, tmp_path):
     local.run_study(mine, root, quiet)
     assert trainings(ran) == []
     assert folding(mine, root).folds == {}
-    for name in RUNS:
+    for name in FOUR:
         assert result(folder_of(mine, name, root)) == {name}
 
 
@@ -202,7 +223,7 @@ def test_no_fold_after_folding_trains_those_that_had_a_shared_result(study, ran,
     ran.clear()
     local.run_study(mine, root, quiet, fold=False)
     assert trainings(ran) == ["half", "ninth"]
-    for name in RUNS:
+    for name in FOUR:
         folder = folder_of(mine, name, root)
         assert result(folder) == {name}  # of `one` too: what was linked is not written to
         assert trained(Record(folder))
