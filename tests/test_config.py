@@ -485,6 +485,16 @@ def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
         (["multires_noise_iterations=6", "multires_noise_discount=1.1"], "a number in (0, 1]"),
         (["multires_noise_iterations=6", "noise_offset=0.1"], "use one of them"),
         (["accumulate=0"], "train.accumulate is 0"),
+        (["validate_every=10"], "give one of these two"),
+        (["validate_every=10", "validation_share=0.5", "validation_folder=x"], "give one of these"),
+        (["validate_every=301", "validation_share=0.5"], "else no check is made"),
+        (["validate_every=10", "validation_share=1"], "train.validation_share is 1"),
+        (["validation_share=0.1"], "does nothing without train.validate_every"),
+        (["validation_folder=x"], "does nothing without train.validate_every"),
+        (["stop_on_divergence=1"], "train.stop_on_divergence is 1"),
+        (["divergence_checks=2"], "does nothing without train.stop_on_divergence"),
+        (["stop_on_divergence=2", "divergence_checks=6"], "made every 50 steps: in steps = 300"),
+        (["stop_on_divergence=2", "divergence_checks=0"], "train.divergence_checks is 0"),
         (["schedule=cosin"], "did you mean 'cosine'?"),
         (["schedule_end=0.1"], "does nothing without a train.schedule that falls"),
         (["schedule=linear", "schedule_end=1"], "train.schedule_end is 1.0"),
@@ -497,6 +507,11 @@ def test_a_mistake_in_the_base_names_the_base(refused, tmp_path):
 )
 def test_settings_of_train_that_cannot_work(refused, words, part):
     assert part in refused(overrides=[f"train.{word}" for word in words])
+
+
+def test_a_toml_file_says_nothing_of_a_validation_folder(refused):
+    words = ["train.validate_every=9", "train.validation_folder=x"]
+    assert "said in x.toml" in refused("set: {data.toml: x.toml}", overrides=words)
 
 
 def test_an_optimizer_that_averages_needs_no_schedule(refused):

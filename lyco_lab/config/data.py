@@ -24,6 +24,11 @@ TOML_SETTINGS = (
 OWN_SETTINGS = (
     *TOML_SETTINGS[1:], "balance", "bad_files", "crop", "prior_share", "prior_weight", "latents",
 )  # fmt: skip
+# How an image and its caption are seen, wherever they come from.
+SEEN = (
+    "bad_files", "resolution", "buckets", "upscale", "masks", "caption_extension", "trigger",
+    "trigger_rule", "prefix", "suffix", "latents",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +93,10 @@ class Data:
             need(extension.startswith("."), "data.caption_extension", extension, "a leading '.'")
         need(bool(self.tag_separator.strip()), "data.tag_separator", self.tag_separator, "a mark")
         self._check_idle()
+
+    def elsewhere(self, folder: str) -> "Data":
+        """Images of another folder, seen as these are: nothing is drawn, and each counts once."""
+        return Data(folder=folder, **{key: getattr(self, key) for key in SEEN})
 
     def _check_owner(self, place: str) -> None:
         """Settings that the images' place decides itself."""

@@ -125,6 +125,12 @@ class Run:
                 f"train.text_encoder_lr is {self.train.text_encoder_lr!r}, but model.text_encoder "
                 "is false: the text encoder is not trained"
             )
+        if self.train.validation_folder is not None and self.data.toml is not None:
+            raise UserError(
+                f"train.validation_folder is {self.train.validation_folder!r}, but how images are "
+                f"seen is said in {self.data.toml} for those in it only: use "
+                "train.validation_share"
+            )
         # Spelled out in full, so that leaving a field at its default and giving the default by
         # hand are the same run.
         object.__setattr__(self, "adapter", adapters.describe(self.adapter_value()))

@@ -10,6 +10,7 @@ from lyco_lab.config.checks import at_least, choose, goes_with, need, positive
 from lyco_lab.config.groups import Group
 from lyco_lab.errors import UserError
 
+CHECK_EVERY, CHECKS = 50, 3  # on divergence, where nothing else is said
 LOSSES = ("mse", "huber", "smooth_l1")
 SAMPLINGS = ("uniform", "logit_normal")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "polynomial")
@@ -129,7 +130,59 @@ class Rates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Noise, Loss, Rates):
+class Watch:
+    """What is looked at on the way (lyco_lab/train/validation.py, divergence.py)."""
+
+    checkpoint_every: int = 100
+    sample_every: int | None = None
+    validate_every: int | None = None
+    validation_share: float | None = None
+    validation_folder: str | None = None
+    stop_on_divergence: float | None = None
+    divergence_checks: int | None = None
+
+    def _check_watch(self, steps: int) -> None:
+        for key in ("checkpoint_every", "sample_every", "validate_every", "divergence_checks"):
+            at_least(f"train.{key}", getattr(self, key), 1)
+        for key, what in (("sample_every", "sample is drawn"), ("validate_every", "check is made")):
+            value = getattr(self, key)
+            needed = f"null or at most steps = {steps}, else no {what}"
+            need(value is None or value <= steps, f"train.{key}", value, needed)
+        share, folder = self.validation_share, self.validation_folder
+        for key, value in (("share", share), ("folder", folder)):
+            given = self.validate_every is not None
+            goes_with(f"train.validation_{key}", value, "train.validate_every", given=given)
+        need(share is None or 0 < share < 1, "train.validation_share", share, "between 0 and 1")
+        need(folder != "", "train.validation_folder", folder, "null or a folder")
+        if self.validate_every is not None and (share is None) == (folder is None):
+            raise UserError(
+                f"train.validate_every is {self.validate_every}, and train.validation_share is "
+                f"{share!r} and train.validation_folder {folder!r}: give one of these two"
+            )
+        factor, checks = self.stop_on_divergence, self.divergence_checks
+        given = factor is not None
+        goes_with("train.divergence_checks", checks, "train.stop_on_divergence", given=given)
+        right = factor is None or (math.isfinite(factor) and factor > 1)
+        need(right, "train.stop_on_divergence", factor, "null or a finite number > 1")
+        if given and steps // self.check_every <= self.checks:
+            raise UserError(
+                f"train.stop_on_divergence is {factor!r} after {self.checks} checks, of which one "
+                f"is made every {self.check_every} steps: in steps = {steps} that cannot happen"
+            )
+
+    @property
+    def check_every(self) -> int:
+        """Steps between two checks on divergence."""
+        return CHECK_EVERY if self.validate_every is None else self.validate_every
+
+    @property
+    def checks(self) -> int:
+        """So many bad ones in a row are divergence."""
+        return CHECKS if self.divergence_checks is None else self.divergence_checks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Noise, Loss, Rates, Watch):
     batch_size: int = 4
     accumulate: int = 1
     gradient_checkpointing: bool = False
@@ -138,8 +191,6 @@ class Train(Noise, Loss, Rates):
     caption_dropout: float = 0.05
     init_scale: float = 1.0
     groups: tuple[Group, ...] = ()
-    checkpoint_every: int = 100
-    sample_every: int | None = None
 
     @property
     def samples_per_step(self) -> int:
@@ -149,13 +200,11 @@ class Train(Noise, Loss, Rates):
         self._check_noise()
         self._check_loss()
         self._check_rates()
-        for key in ("batch_size", "accumulate", "checkpoint_every", "sample_every"):
+        self._check_watch(self.steps)
+        for key in ("batch_size", "accumulate"):
             at_least(f"train.{key}", getattr(self, key), 1)
         for key in ("grad_clip", "init_scale"):
             positive(f"train.{key}", getattr(self, key))
         dropout, decay = self.caption_dropout, self.ema_decay
         need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
         need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
-        if self.sample_every is not None:
-            needed = f"null or at most steps = {self.steps}, else no sample is drawn"
-            need(self.sample_every <= self.steps, "train.sample_every", self.sample_every, needed)

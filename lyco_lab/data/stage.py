@@ -101,6 +101,11 @@ def dataset(run: Run, record: Record) -> Dataset:
     return found
 
 
+def beside(run: Run, record: Record) -> Dataset:
+    """A user's images that the run of this folder looks at without training on them."""
+    return own.dataset_of(_samples(run, record), place(run), record.path.parent / CACHE)
+
+
 def count(run: Run) -> tuple[int, int]:
     """Images of a user's, and samples per epoch, by what their files' headers say; writes nothing.
 

@@ -1,6 +1,7 @@
 """A run -> trained factors.
 
     stage.py       the stage itself: load, cache, mount, fit, export
+    fitting.py     the steps, by Lightning's Trainer
     feed.py        the batches of a run's steps
     noise.py       timesteps and noise as settings ask for them
     loss.py        how errors are measured, and how much each timestep counts
@@ -8,6 +9,8 @@
     optimizer.py   groups of factors, clipping, the average of the factors
     schedule.py    the learning rate at each step
     callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
+    validation.py  the loss on images that are not trained on
+    divergence.py  when a run is stopped for getting worse
     checkpoint.py  the state of a run on disk
     recompute.py   values of the forward pass that are computed twice instead of kept
     journal.py     train/metrics.csv

@@ -1,4 +1,4 @@
-"""What happens between two steps, in this order: a row, samples, a checkpoint, a stop.
+"""What happens between two steps: a validation, a row, samples, a check, a checkpoint, a stop.
 
 A step can have several batches (feed.py): only the last of them ends it.
 """
@@ -26,10 +26,40 @@ from lyco_lab.record import atomic
 from lyco_lab.tracking import Tracker
 from lyco_lab.train import guard
 from lyco_lab.train.checkpoint import Checkpoints, write
+from lyco_lab.train.divergence import Divergence
 from lyco_lab.train.journal import Journal
+from lyco_lab.train.validation import Validation
 
 NORM_EVERY = 10  # steps; a norm needs every layer's W' - W, which costs about a tenth of a step
 SAMPLES = 4  # images in a grid
+
+
+@dataclass
+class Validating(lightning.Callback):
+    """Every `validate_every` steps, the loss on what is not trained on; for the step's row."""
+
+    validation: Validation
+    every: int
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch.last and (batch.step + 1) % self.every == 0:
+            module.row["validation_loss"] = self.validation.loss(module)
+
+
+@dataclass
+class Watching(lightning.Callback):
+    """Ends a run that diverges, before its state is saved."""
+
+    divergence: Divergence
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if batch.last:
+            row = module.row
+            self.divergence.see(row["step"], row["loss"], row.get("validation_loss"))
 
 
 @dataclass
@@ -55,6 +85,7 @@ class Rows(lightning.Callback):
             "train/delta_norm": row.get("delta_norm"),
             "lr/unet": row["lr"],
             "lr/text_encoder": row["lr_text_encoder"],
+            "validation/loss": row.get("validation_loss"),
         }
         self.tracker.log(done, {key: value for key, value in shown.items() if value is not None})
 

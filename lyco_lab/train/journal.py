@@ -1,10 +1,11 @@
 """train/metrics.csv: one row for each step, readable while the run goes on.
 
-    step,loss,lr,lr_text_encoder,grad_norm,delta_norm
+    step,loss,lr,lr_text_encoder,grad_norm,delta_norm,validation_loss
 
-`step` counts finished steps from 1; loss and gradient norm are before the step's update, and
-`delta_norm`, the Frobenius norm of W' - W over all adapted layers together, is after it; it is
-empty in most rows. Floats are written by `repr`, so not a bit of them is lost.
+`step` counts finished steps from 1; loss and gradient norm are before the step's update. After it
+are `delta_norm`, the Frobenius norm of W' - W over all adapted layers together, and the loss on
+images that are not trained on; both are empty in most rows. Floats are written by `repr`, so not a
+bit of them is lost.
 """
 
 import csv
@@ -14,7 +15,9 @@ from types import TracebackType
 
 from lyco_lab.record import atomic, writing
 
-COLUMNS = ("step", "loss", "lr", "lr_text_encoder", "grad_norm", "delta_norm")
+COLUMNS = (
+    "step", "loss", "lr", "lr_text_encoder", "grad_norm", "delta_norm", "validation_loss",
+)  # fmt: skip
 
 
 class Journal:
@@ -55,6 +58,12 @@ class Journal:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
+
+
+def column(path: Path, name: str, step: int) -> dict[int, float]:
+    """{step: value} up to `step`, where there is one."""
+    at = COLUMNS.index(name)
+    return {int(row[0]): float(row[at]) for row in _rows_up_to(path, step) if row[at]}
 
 
 def rows_of(path: Path) -> int:

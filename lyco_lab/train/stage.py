@@ -9,40 +9,37 @@ Everything is done on one device in the process it is called in.
 """
 
 import json
-import logging
 import math
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.config import Run
 from lyco_lab.config.groups import group_of
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
-from lyco_lab.data.stage import dataset, material
+from lyco_lab.data.stage import beside, dataset, material
 from lyco_lab.data.stored import Stored
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.formats import kohya
 from lyco_lab.miniature import placed
-from lyco_lab.progress import Bar
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
-from lyco_lab.train.callbacks import Rows, Samples, Saving, Steps, Stop
+from lyco_lab.train.callbacks import Rows, Samples, Saving, Stop, Validating, Watching
 from lyco_lab.train.checkpoint import Checkpoints
-from lyco_lab.train.feed import Feed, parts
+from lyco_lab.train.divergence import Divergence
+from lyco_lab.train.fitting import fit, orders
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
-from lyco_lab.train.recompute import recomputing
+from lyco_lab.train.validation import Validation, split
 
 STAGE = "train"
 ADAPTER = "adapter.safetensors"
@@ -84,21 +81,24 @@ def train(run: Run, record: Record) -> None:
             steps=run.train.steps,
             seconds=0.0 if state is None else state.seconds,
         )
+        shown = seen(run, diffusion, images)
         if first < run.train.steps:
-            between = [
-                Rows(journal, tracker, run.train.steps),
-                Samples(run, images.captions, folder / "samples", tracker),
-                saving,
-            ]
-            cached = seen(run, diffusion, images)
-            if cached.cut_captions:
+            if shown.cut_captions:
                 print(
-                    f"{cached.cut_captions} of {len(images.items)} captions are longer than the "
+                    f"{shown.cut_captions} of {len(images.items)} captions are longer than the "
                     "text encoder reads, and are cut"
                 )
-            fit(run, module, cached, images.repeats, first, between)
+            between = [
+                *validating(run, record, diffusion, shown),
+                Rows(journal, tracker, run.train.steps),
+                Samples(run, images.captions, folder / "samples", tracker),
+                Watching(Divergence.of(run.train, journal.path, first)),
+                saving,
+            ]
+            fit(run, module, shown, first, between)
         with module.exported():
-            noted = metadata(run, images) | diffusion.described
+            samples_per_epoch = orders(run, shown)[0].samples_per_epoch
+            noted = metadata(run, images, samples_per_epoch) | diffusion.described
             kohya.save(record.path / ADAPTER, mounted, noted)
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
@@ -116,6 +116,27 @@ def frozen(run: Run) -> Diffusion:
 def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache | Stored:
     """The images as the run's model sees them."""
     return material(run, images, diffusion)
+
+
+def validating(
+    run: Run, record: Record, diffusion: Diffusion, shown: Cache | Stored
+) -> Iterator[Validating]:
+    """What looks at images that are not trained on, if the run wants it."""
+    settings = run.train
+    if settings.validate_every is None:
+        return
+    if settings.validation_share is not None:
+        order, held = split(shown.order(1, run.seed), settings.validation_share)
+        where = f"of {len(order.repeats)} images are held out"
+    else:
+        other = replace(run, data=run.data.elsewhere(str(settings.validation_folder)))
+        shown = material(other, beside(other, record), diffusion)
+        order = shown.order(1, run.seed)
+        held = list(range(len(order.repeats)))
+        where = f"images of {settings.validation_folder} are looked at"
+    validation = Validation(shown, order, held, settings.batch_size)
+    print(f"{len(held)} {where}, at {validation.draws} timesteps each")
+    yield Validating(validation, settings.validate_every)
 
 
 def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
@@ -140,47 +161,12 @@ def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
     return run.train.init_scale * group_of(run.train.groups, f"{part}.{layer}", factor).init_scale
 
 
-def fit(
-    run: Run,
-    module: Training,
-    cached: Cache | Stored,
-    repeats: tuple[int, ...],
-    first: int,
-    between: list[lightning.Callback],
-) -> None:
-    """Steps `first` to the last, by Lightning's Trainer."""
-    again = list(module.mounted) if run.train.gradient_checkpointing else []
-    with (
-        quiet(),
-        recomputing([module.diffusion.parts[part] for part in again]),
-        Bar(f"{run.name}: train", run.train.steps, first) as bar,
-    ):
-        trainer = lightning.Trainer(
-            accelerator=module.diffusion.denoiser.device.type,
-            devices=1,
-            accumulate_grad_batches=run.train.accumulate,
-            max_epochs=1,  # the batches are one long epoch, from `first` to the end
-            callbacks=[*between, Steps(bar)],
-            plugins=[LightningEnvironment()],  # one process, whatever cluster it runs on
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        rank, ranks = trainer.global_rank, trainer.world_size
-        orders = [
-            cached.order(size, run.seed, part, count)
-            for size, part, count in parts(run.train, rank, ranks)
-        ]
-        feed = Feed(run.train, module.diffusion.objective, cached, orders, first)
-        trainer.fit(module, train_dataloaders=feed)
-
-
-def metadata(run: Run, images: Dataset) -> dict[str, str]:
+def metadata(run: Run, images: Dataset, samples_per_epoch: int) -> dict[str, str]:
     """What the adapter file says of its training; no dates, so equal factors are equal files."""
     settings, plain = run.train, run.to_dict()
-    epochs = settings.steps * settings.samples_per_step / images.samples_per_epoch
+    epochs = settings.steps * settings.samples_per_step / samples_per_epoch
+    if settings.validation_folder is not None:  # but not where it lies
+        plain["train"]["validation_folder"] = Path(settings.validation_folder).name
     return {
         "ss_output_name": run.name,
         "ss_seed": str(run.seed),
@@ -189,7 +175,7 @@ def metadata(run: Run, images: Dataset) -> dict[str, str]:
         "ss_gradient_accumulation_steps": str(settings.accumulate),
         "ss_learning_rate": str(settings.lr),
         "ss_optimizer": str(run.optimizer["kind"]),
-        "ss_num_train_images": str(images.samples_per_epoch),
+        "ss_num_train_images": str(samples_per_epoch),
         "ss_sd_model_name": Path(run.model.path).name,
         "modelspec.trigger_phrase": f"{images.trigger} {images.class_word}".strip(),
         "lyco_lab.run": json.dumps(
@@ -224,17 +210,3 @@ def exact(threads: int | None) -> Iterator[int]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         memory.fill_uninitialized_memory = before[2]
         torch.set_num_threads(before[3])
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without Lightning's remarks on hardware, settings and products."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\.")
-            yield
-    finally:
-        logger.setLevel(before)

@@ -161,7 +161,7 @@ def follow(
             between.append(Rounding(unit, run.seed))
         between.append(Recorder(trace, run.train.steps, until, stop))
         try:
-            stage.fit(run, module, cached, bench.images.repeats, 0, between)
+            stage.fit(run, module, cached, 0, between)
         except NotFinite as error:
             trace.stopped = str(error)
         else:

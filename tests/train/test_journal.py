@@ -36,8 +36,8 @@ def test_a_loss_comes_back_bit_for_bit(tmp_path, loss):
 def test_what_is_not_known_is_left_empty(tmp_path):
     write(tmp_path / "metrics.csv", 1)
     header, line = (tmp_path / "metrics.csv").read_text().splitlines()
-    assert header == "step,loss,lr,lr_text_encoder,grad_norm,delta_norm"
-    assert line == f"1,{math.sin(1)!r},0.001,,{1 / 3!r},"
+    assert header == "step,loss,lr,lr_text_encoder,grad_norm,delta_norm,validation_loss"
+    assert line == f"1,{math.sin(1)!r},0.001,,{1 / 3!r},,"
 
 
 @shared_folder
