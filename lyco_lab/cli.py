@@ -136,13 +136,13 @@ def verify(
         list[str] | None, typer.Argument(help="key=value of every run, as train.batch_size=2.")
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Names with commas between: lora,locon,loha,… [lora]")
+        str | None, typer.Option(help="Names, as lora,locon,loha: lora alone if not given.")
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Likewise: adamw,sgd,… [adamw]")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Likewise: adamw if not given.")] = None,
     gamma: Annotated[str, typer.Option(help="Numbers, as 2^-6,0.03.")] = "2^-12",
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: fp32,bf16.")] = None,
     model: Annotated[str | None, typer.Option(help="The folder of a diffusers model.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of each training. [50]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each training: 50 if not given.")] = None,
     carry: Annotated[
         str, typer.Option(help="Which factors take the difference: all, or zero, those at 0.")
     ] = "all",

@@ -110,8 +110,8 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([field.name for field in fields(Row)])
         for row in rows:
-            values = asdict(row).values()
-            writer.writerow(f"{v:.4g}" if isinstance(v, float) else v for v in values)
+            values = asdict(row) | {"gamma": as_power(row.gamma)}
+            writer.writerow(f"{v:.4g}" if isinstance(v, float) else v for v in values.values())
 
 
 def grid(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
