@@ -239,10 +239,15 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
     """Check every run, and say what it will do: a line, or a table of all."""
     from rich.table import Table
 
+    from lyco_lab.costs import estimates
     from lyco_lab.dry_run import plan
     from lyco_lab.fold import Folding, folding
+    from lyco_lab.lacking import lacking
 
-    plans = plan(study)
+    lack = lacking(study) if full else None
+    if lack is not None:
+        study = lack.study
+    plans = plan(study, lack.models, lack.images) if lack else plan(study)
     folded = folding(study, root) if fold else Folding(len(plans), len(plans))
     console.print(f"[bold]{study.name}[/]: {study.question}")
     console.print(f"{folded.sentence} (in {root})", end="\n" if full else "; ")
@@ -261,9 +266,11 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
             p.run.name,
             " + ".join(f"{count} {part}" for part, count in p.layers.items()),
             f"{p.params:,}",
-            f"{p.images} x {p.samples_per_epoch / p.images:g} = {p.samples_per_epoch}",
+            f"{p.images} x {p.samples_per_epoch / p.images:g} = {p.samples_per_epoch}"
+            if p.images
+            else "?",
             f"{train.steps} x {train.samples_per_step} = {train.steps * train.samples_per_step}",
-            f"{p.epochs:.3g}",
+            f"{p.epochs:.3g}" if p.images else "?",
             ", ".join(p.stages_done(root)) or "-",
             *([_as(folded, p.run.name)] if folded.folds else []),
         )
@@ -278,6 +285,12 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
             "what they allow, with the same gamma"
         )
     console.print(f"expected: {study.expectation}")
+    for line in estimates(study, [p for p in plans if p.run.name not in folded.folds]):
+        console.print(line)
+    if lack:
+        if lack.models:
+            console.print("layers and parameters are those of the model's family, by configuration")
+        raise UserError(f"missing: {'; '.join(lack.said)}")
 
 
 def _as(folded: "Folding", name: str) -> str:

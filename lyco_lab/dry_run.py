@@ -6,6 +6,7 @@ The networks are built from their configuration alone, without weights, so this 
 every run is checked, so that a mistake in the last one is not found after the others have trained.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lyco_lab import gamma
 from lyco_lab.adapters.mount import survey
 from lyco_lab.config import Run, Study
 from lyco_lab.config.groups import check
-from lyco_lab.data.stage import count
+from lyco_lab.data.stage import count, place
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import objective, sound
 from lyco_lab.diffusion.skeleton import parts, skeleton
@@ -32,7 +33,7 @@ class Plan:
     layers: dict[str, int]  # part of the model -> how many of its layers are adapted
     narrowed: int  # of the layers, how many are too narrow for the adapter's rank and get less
     params: int  # trained, over all parts
-    images: int
+    images: int  # 0: they are not here, nor is the next known
     samples_per_epoch: int
 
     @property
@@ -45,20 +46,26 @@ class Plan:
         return [stage for stage in STAGES if record.done(stage)]
 
 
-def plan(study: Study) -> list[Plan]:
-    """A plan for every run; a `UserError` names the run that cannot work."""
+def plan(study: Study, models: Collection[str] = (), images: Collection[str] = ()) -> list[Plan]:
+    """A plan for every run; a `UserError` names the run that cannot work.
+
+    `models`, `images`: paths of models of which there are shapes alone, and of pictures that are
+    not here (lyco_lab/lacking.py); nothing else is asked of them.
+    """
     plans = []
     for run in study.runs:
         try:
-            plans.append(_plan(run))
+            plans.append(_plan(run, models, images))
         except UserError as error:
             raise UserError(f"{error} (run {run.name!r})") from error
     return plans
 
 
-def _plan(run: Run) -> Plan:
-    sound(placed(run.model))
-    images, samples = _count(run)
+def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
+    if run.model.path not in models:
+        sound(placed(run.model))
+    unknown = run.data.concept is None and str(place(run)) in absent
+    images, samples = (0, 0) if unknown else _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
     suits(run.train, objective(placed(run.model)))
     counts, narrowed = {}, 0

@@ -1,0 +1,88 @@
+"""What a study will cost: steps, images and disk by arithmetic, hours where somebody measured them.
+
+A study's folder may hold costs.csv, with figures that are stated and not computed:
+
+    run       name of a variant: of all runs called so, or so and a hyphen and more
+    hours     of training of one such run
+    memory_gb the largest of the device's memory that it took
+    source    who says so, and on what
+
+Disk counts numbers in float32: an adapter one for each trained parameter, a checkpoint that one
+and the optimizer's two moments. Two checkpoints are kept, and go when they are not needed.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lyco_lab.config import Study
+from lyco_lab.dry_run import Plan
+from lyco_lab.errors import UserError
+
+TABLE = "costs.csv"
+COLUMNS = ("run", "hours", "memory_gb", "source")
+FLOAT, MOMENTS, CHECKPOINTS = 4, 2, 2
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Stated:
+    """Of one run."""
+
+    hours: float
+    memory_gb: float
+    source: str
+
+
+def stated(folder: Path) -> dict[str, Stated]:
+    """The table of a study's folder by variant; {} where there is none."""
+    path = folder / TABLE
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        if tuple(rows.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} has columns {rows.fieldnames}, needs {', '.join(COLUMNS)}")
+        try:
+            return {
+                row["run"]: Stated(float(row["hours"]), float(row["memory_gb"]), row["source"])
+                for row in rows
+            }
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}, line {rows.line_num}: {error}") from error
+
+
+def variant(name: str, known: Sequence[str]) -> str | None:
+    """The longest of `known` that a run's name begins with, as a word."""
+    fitting = [one for one in known if name == one or name.startswith(f"{one}-")]
+    return max(fitting, key=len, default=None)
+
+
+def estimates(study: Study, plans: Sequence[Plan]) -> list[str]:
+    """For people: of the runs that are to be trained."""
+    steps = sum(plan.run.train.steps for plan in plans)
+    samples = sum(plan.run.train.steps * plan.run.train.samples_per_step for plan in plans)
+    said = [f"training: {steps:,} steps, {samples:,} samples seen"]
+    asked = sum(len(plan.run.generate.types) * plan.run.generate.images_per_type for plan in plans)
+    said.append(f"generating: at most {asked:,} images, and those of the base model")
+    factors = [plan.params * FLOAT for plan in plans]
+    states = [CHECKPOINTS * (1 + MOMENTS) * size for size in factors]
+    said.append(
+        f"disk: {sum(factors) / GIB:.1f} GiB of adapters, up to {sum(states) / GIB:.1f} GiB of "
+        f"checkpoints, of one run {max(states) / GIB:.1f}; and the images"
+    )
+    table = stated(study.folder)
+    if not table:
+        return said
+    found = [variant(plan.run.name, list(table)) for plan in plans]
+    rows = [table[name] for name in found if name is not None]
+    without = len(plans) - len(rows)
+    if rows:
+        sources = "; ".join(dict.fromkeys(row.source for row in rows))
+        said.append(
+            f"hours: {sum(row.hours for row in rows):,.0f} of training for {len(rows)} runs, with "
+            f"up to {max(row.memory_gb for row in rows):g} GB of memory, as stated ({sources})"
+            + (f"; nothing is stated for the other {without}" if without else "")
+        )
+    return said
