@@ -218,6 +218,13 @@ def test_rates(tmp_path):
     assert values(keys_of(tmp_path, max_grad_norm=0))["train.grad_clip"] is None
 
 
+def test_validation(file, tmp_path):
+    run = run_of(file, tmp_path, validation_split=0.1, validate_every_n_steps=100)
+    assert (run.train.validation_share, run.train.validate_every) == (0.1, 100)
+    assert "validation_split" in keys_of(tmp_path, validation_split=0.1).left
+    assert "validate_every_n_steps" in keys_of(tmp_path, validate_every_n_steps=100).idle
+
+
 def test_a_dataset_of_its_own(file, tmp_path):
     run = run_of(file, tmp_path, dataset_config="data.toml", shuffle_caption=True)
     assert (run.data.toml, run.data.folder) == ("data.toml", None)

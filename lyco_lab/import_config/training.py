@@ -160,6 +160,14 @@ def _checkpoints(keys: Keys, epoch_steps: float | None) -> None:
                 ("set, but " if every else "")
                 + "the last two checkpoints are kept, to go on from; no file of each",
             )
+    share, often = keys.number("validation_split"), keys.whole("validate_every_n_steps")
+    if share and often:
+        keys.set("train.validation_share", share, "validation_split")
+        keys.set("train.validate_every", often, "validate_every_n_steps")
+    elif share:
+        keys.leave("validation_split", "give train.validation_share and train.validate_every")
+    elif often:
+        keys.needless("validate_every_n_steps", "does nothing without validation_split")
     sample = keys.whole("sample_every_n_steps")
     if sample:
         keys.set("train.sample_every", sample, "sample_every_n_steps")
