@@ -24,7 +24,12 @@ def weights(module: nn.Module) -> bytes:
 def tokenizer(found: Any) -> bytes:
     """Of its words, its rules and its length."""
     backend = getattr(found, "backend_tokenizer", None)
-    rules = backend.to_str() if backend is not None else json.dumps(sorted(found.get_vocab()))
+    if backend is None:
+        rules = sorted(found.get_vocab().items())
+    else:
+        rules = json.loads(backend.to_str())
+        for last_call in ("truncation", "padding"):  # it notes how it was asked last
+            rules.pop(last_call, None)
     said = [rules, found.model_max_length, found.pad_token_id]
     return hashlib.blake2b(json.dumps(said).encode(), digest_size=BYTES).digest()
 
