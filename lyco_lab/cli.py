@@ -142,7 +142,9 @@ def verify(
     gamma: Annotated[str, typer.Option(help="Numbers, as 2^-6,0.03.")] = "2^-12",
     dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: fp32,bf16.")] = None,
     model: Annotated[str | None, typer.Option(help="The folder of a diffusers model.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of each training: 50 if not given.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each training: 50 if not given.")
+    ] = None,
     carry: Annotated[
         str, typer.Option(help="Which factors take the difference: all, or zero, those at 0.")
     ] = "all",
