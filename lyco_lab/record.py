@@ -30,7 +30,8 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
 STAGES = ("data", "train", "generate", "evaluate")  # of a run, in order
 LOCK = ".lock"  # held, in a run's folder, by the process that works on it
-LABELS = ("name", "study", "wandb")  # what a run is called and where it is shown: not its result
+# What a run is called, what it runs on and where it is shown: not its result.
+LABELS = ("name", "study", "trainer", "wandb")
 
 
 class Configured(Protocol):

@@ -14,7 +14,7 @@ from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.options import Options
 from lyco_lab.config.checks import at_least, choose, need
 from lyco_lab.config.data import Data
-from lyco_lab.config.training import Train
+from lyco_lab.config.training import Train, Trainer
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.optimizers.base import Optimizer
 
@@ -110,6 +110,7 @@ class Run:
     options: Options = Options()
     optimizer: dict[str, Any] = field(default_factory=DEFAULT_OPTIMIZER.copy)
     train: Train = Train()
+    trainer: Trainer = Trainer()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
@@ -124,6 +125,12 @@ class Run:
             raise UserError(
                 f"train.text_encoder_lr is {self.train.text_encoder_lr!r}, but model.text_encoder "
                 "is false: the text encoder is not trained"
+            )
+        if self.train.batch_size % self.trainer.devices:
+            raise UserError(
+                f"train.batch_size is {self.train.batch_size}, which trainer.devices = "
+                f"{self.trainer.devices} cannot share: it counts the samples of all devices "
+                "together, needs a multiple"
             )
         if self.train.validation_folder is not None and self.data.toml is not None:
             raise UserError(
@@ -171,7 +178,7 @@ class Run:
 
     @cached_property
     def hash(self) -> str:
-        """Eight hex digits of everything that changes the result: not the names, not wandb."""
+        """Eight hex digits of what decides the result: not the names, the devices or wandb."""
         return record.digest(self.to_dict())
 
     @property

@@ -1,6 +1,7 @@
-"""The section `train` of a run, in the order in which a step uses it: noise, loss, step.
+"""The sections `train` and `trainer` of a run: how it is trained, and on what.
 
-The classes below are its parts; in a study's YAML all of their settings stand side by side.
+`train` is made of the classes before it, in the order in which a step uses them; in a study's YAML
+all of their settings stand side by side.
 """
 
 import math
@@ -13,6 +14,8 @@ from lyco_lab.errors import UserError
 CHECK_EVERY, CHECKS = 50, 3  # on divergence, where nothing else is said
 LOSSES = ("mse", "huber", "smooth_l1")
 SAMPLINGS = ("uniform", "logit_normal")
+ACCELERATORS = ("auto", "cpu", "gpu")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "polynomial")
 
 
@@ -208,3 +211,27 @@ class Train(Noise, Loss, Rates, Watch):
         dropout, decay = self.caption_dropout, self.ema_decay
         need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
         need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What Lightning's Trainer is told; no part of what a run is, as wandb is none."""
+
+    accelerator: str = "auto"
+    devices: int = 1
+    strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        choose("trainer.accelerator", self.accelerator, ACCELERATORS)
+        at_least("trainer.devices", self.devices, 1)
+        if self.strategy.startswith(("fsdp", "deepspeed")):
+            raise UserError(
+                f"trainer.strategy is {self.strategy!r}, which cuts weights into shards, and "
+                f"adapters need them whole: needs one of {', '.join(STRATEGIES)}"
+            )
+        choose("trainer.strategy", self.strategy, STRATEGIES)
+        if self.strategy != "auto" and self.devices == 1:
+            raise UserError(
+                f"trainer.strategy is {self.strategy!r}, but trainer.devices is 1: there is "
+                "nothing to average, needs 'auto'"
+            )

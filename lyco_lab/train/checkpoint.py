@@ -40,9 +40,12 @@ class Checkpoints:
     folder: Path
 
     def save(self, state: State) -> None:
-        write(self.folder / f"step{state.step:08d}.ckpt", state)
+        write(self.file(state.step), state)
         for old in self.files()[KEPT:]:
             old.unlink()
+
+    def file(self, step: int) -> Path:
+        return self.folder / f"step{step:08d}.ckpt"
 
     def files(self) -> list[Path]:
         """Newest first."""

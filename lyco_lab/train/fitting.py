@@ -6,16 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import lightning.pytorch as lightning
-from lightning.pytorch.plugins.environments import LightningEnvironment
+import torch
+from lightning.pytorch.strategies import DDPStrategy
 
 from lyco_lab.config import Run
 from lyco_lab.data.batches import Order
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.stored import Stored
+from lyco_lab.errors import UserError
 from lyco_lab.progress import Bar
 from lyco_lab.train.callbacks import Steps
 from lyco_lab.train.feed import Feed, parts
 from lyco_lab.train.module import Training
+from lyco_lab.train.processes import Environment, Process, agree
 from lyco_lab.train.recompute import recomputing
 from lyco_lab.train.validation import split
 
@@ -26,30 +29,52 @@ def fit(
     shown: Cache | Stored,
     first: int,
     between: list[lightning.Callback],
+    process: Process | None = None,
 ) -> None:
-    """Steps `first` to the last."""
+    """Steps `first` to the last, with other processes if this is one of several."""
+    process = process or Process()
     again = list(module.mounted) if run.train.gradient_checkpointing else []
     with (
         quiet(),
         recomputing([module.diffusion.parts[part] for part in again]),
         Bar(f"{run.name}: train", run.train.steps, first) as bar,
     ):
+        each = orders(run, shown, process.rank, process.ranks)
+        feed = Feed(run.train, module.diffusion.objective, shown, each, first)
         trainer = lightning.Trainer(
             accelerator=module.diffusion.denoiser.device.type,
-            devices=1,
+            devices=process.ranks,
+            strategy="auto" if process.alone else averaging(run, module, feed),
             accumulate_grad_batches=run.train.accumulate,
             max_epochs=1,  # the batches are one long epoch, from `first` to the end
             callbacks=[*between, Steps(bar)],
-            plugins=[LightningEnvironment()],  # one process, whatever cluster it runs on
+            plugins=[Environment(process)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        each = orders(run, shown, trainer.global_rank, trainer.world_size)
-        feed = Feed(run.train, module.diffusion.objective, shown, each, first)
-        trainer.fit(module, train_dataloaders=feed)
+        try:
+            trainer.fit(module, train_dataloaders=feed)
+            if not agree(module.digest()):
+                raise UserError(
+                    "the processes that trained together ended with factors that differ: a device "
+                    "computes wrongly, or not the same twice; delete the run's folder, and train "
+                    "on fewer with trainer.devices"
+                )
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+
+
+def averaging(run: Run, module: Training, feed: Feed) -> DDPStrategy:
+    """How several processes share their gradients."""
+    unused = run.trainer.strategy.endswith("_true")
+    if run.trainer.strategy == "auto" and run.model.text_encoder:
+        # Some families use what comes before a text encoder's last layer, which so has no effect.
+        unused = module.has_idle_factors(next(iter(feed)))
+    return DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
 
 
 def orders(run: Run, shown: Cache | Stored, rank: int = 0, ranks: int = 1) -> list[Order]:
@@ -65,12 +90,15 @@ def orders(run: Run, shown: Cache | Stored, rank: int = 0, ranks: int = 1) -> li
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's remarks on hardware, settings and products."""
-    logger = logging.getLogger("lightning.pytorch")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"lightning\.")
+            warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
             yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -9,6 +9,7 @@ in other ways (loss.py). Only factors train; the model around them is frozen, an
 evaluation mode. Factors are float32 whatever the model is in, and so is the loss.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,12 +101,25 @@ class Training(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         found = self.loss(batch)
-        value = found.item()
+        value = self.over_processes(found.detach())
         if not math.isfinite(value):
             raise self.not_finite(f"the loss is {value}", batch)
         self.losses.append(value)
         self.row["loss"] = sum(self.losses) / len(self.losses)
         return found
+
+    def has_idle_factors(self, batch: Batch) -> bool:
+        """Whether the loss does not depend on some factor that trains, whatever its value."""
+        moved = self.transfer_batch_to_device(batch, self.diffusion.denoiser.device, 0)
+        with torch.enable_grad():
+            found = torch.autograd.grad(self.loss(moved), self.trained, allow_unused=True)
+        return any(gradient is None for gradient in found)
+
+    def over_processes(self, value: Tensor) -> float:
+        """The mean of a number over all processes: what one says of it, all say."""
+        if torch.distributed.is_initialized():
+            value = self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
+        return value.item()
 
     def loss(self, batch: Batch) -> Tensor:
         z, e, t = batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
@@ -139,6 +153,13 @@ class Training(lightning.LightningModule):
     def delta_norm(self) -> float:
         """The Frobenius norm of W' - W, over all adapted layers together."""
         return math.hypot(*(n for m in self.mounted.values() for n in m.norms().values()))
+
+    def digest(self) -> bytes:
+        """Of every bit of the factors."""
+        found = hashlib.blake2b(digest_size=16)
+        for factor in self.factors().values():
+            found.update(factor.detach().cpu().contiguous().numpy().data)
+        return found.digest()
 
     def state(self, step: int, seconds: float) -> State:
         """Everything that moves, after `step` steps; shares the tensors' memory."""

@@ -5,13 +5,14 @@
     train/samples/            images drawn on the way, if asked for
     adapter.safetensors       the result
 
-Everything is done on one device in the process it is called in.
+Everything is done in the process it is called in, unless several devices are to share a batch
+(processes.py).
 """
 
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,16 +30,18 @@ from lyco_lab.data.stage import beside, dataset, material
 from lyco_lab.data.stored import Stored
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import Diffusion, load
+from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
 from lyco_lab.miniature import placed
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
 from lyco_lab.train.callbacks import Rows, Samples, Saving, Stop, Validating, Watching
-from lyco_lab.train.checkpoint import Checkpoints
+from lyco_lab.train.checkpoint import Checkpoints, read
 from lyco_lab.train.divergence import Divergence
 from lyco_lab.train.fitting import fit, orders
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
+from lyco_lab.train.processes import Process, together
 from lyco_lab.train.validation import Validation, split
 
 STAGE = "train"
@@ -66,6 +69,7 @@ def train(run: Run, record: Record) -> None:
         "layers": {part: len(m.layers) for part, m in mounted.items()},
         "dataset_digest": record.facts("data")["digest"],
         "device": diffusion.denoiser.device.type,
+        "devices": run.trainer.devices,
     }
     with (
         exact(None if state is None else state.threads) as threads,
@@ -95,7 +99,8 @@ def train(run: Run, record: Record) -> None:
                 Watching(Divergence.of(run.train, journal.path, first)),
                 saving,
             ]
-            fit(run, module, shown, first, between)
+            with together(run.trainer.devices, follow, run, record, first) as process:
+                fit(run, module, shown, first, between, process)
         with module.exported():
             samples_per_epoch = orders(run, shown)[0].samples_per_epoch
             noted = metadata(run, images, samples_per_epoch) | diffusion.described
@@ -107,10 +112,43 @@ def train(run: Run, record: Record) -> None:
     )
 
 
-def frozen(run: Run) -> Diffusion:
-    """The run's model, where it is to be trained."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load(placed(run.model), DTYPES[run.model.precision]).to(device)
+def follow(process: Process, run: Run, record: Record, first: int) -> Callable[[], None]:
+    """What the other processes of a run do: the same, but for writing."""
+    diffusion = frozen(run, process.rank)
+    module = Training(diffusion, mount(run, diffusion), run.train, run.optimizer_value())
+    threads = None
+    if first:
+        state = read(Checkpoints(record.path / STAGE / "checkpoints").file(first))
+        if state is None:
+            raise UserError(
+                f"process {process.rank + 1} cannot read the checkpoint of step {first}"
+            )
+        module.load_state(state)
+        threads = state.threads
+    shown = seen(run, diffusion, dataset(run, record))
+
+    def go() -> None:
+        with exact(threads):
+            fit(run, module, shown, first, [], process)
+
+    return go
+
+
+def frozen(run: Run, rank: int = 0) -> Diffusion:
+    """The run's model, where the process of this rank is to train it."""
+    return load(placed(run.model), DTYPES[run.model.precision]).to(device(run, rank))
+
+
+def device(run: Run, rank: int = 0) -> torch.device:
+    asked, needed, here = run.trainer.accelerator, run.trainer.devices, torch.cuda.device_count()
+    if asked == "cpu" or (asked == "auto" and here == 0):
+        return torch.device("cpu")
+    if here < needed:
+        raise UserError(
+            f"trainer.devices is {needed} and trainer.accelerator is {asked!r}, but there "
+            f"{'is' if here == 1 else 'are'} {here} GPU{'s' * (here != 1)} here"
+        )
+    return torch.device("cuda", rank)
 
 
 def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache | Stored:

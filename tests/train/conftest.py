@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lyco_lab.config import Data, Generate, Model, Run, Train, Wandb
+from lyco_lab.config import Data, Generate, Model, Run, Train, Trainer, Wandb
 from lyco_lab.data.stage import prepare
 from lyco_lab.record import Record
 from lyco_lab.train import train
@@ -24,6 +24,7 @@ def begin(tiny_sd, tiny_concept, tmp_path):
         precision: str = "fp32",
         seed: int = 0,
         wandb: str = "disabled",
+        devices: int = 1,
         **train: Any,
     ) -> tuple[Run, Record]:
         settings = {"steps": 12, "warmup_steps": 2, "checkpoint_every": 4} | train
@@ -36,6 +37,7 @@ def begin(tiny_sd, tiny_concept, tmp_path):
             adapter=adapter or {"kind": "lora", "rank": 4, "alpha": 2.0},
             optimizer=optimizer or {"kind": "adamw"},
             train=Train(**settings),
+            trainer=Trainer(accelerator="cpu", devices=devices),
             generate=Generate(steps=2),
             wandb=Wandb(mode=wandb),
         )
