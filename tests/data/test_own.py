@@ -1,0 +1,191 @@
+"""From a run's settings to samples: what is left out, lent, limited and said."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from lyco_lab.config import Data, Run, Train
+from lyco_lab.data import own, scan, stage
+from lyco_lab.data.memo import Memo
+from lyco_lab.errors import UserError
+from lyco_lab.record import Record
+from tests.data import pictures
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    monkeypatch.setattr(scan, "SETTLED_NS", -(10**12))
+
+
+def samples(tmp_path, side=64, batch_size=4, **data):
+    where = {} if "toml" in data else {"folder": str(tmp_path / "in")}
+    return own.samples_of(Data(**where, **data), batch_size, side, Memo(), tmp_path / "t.csv")
+
+
+def names(found):
+    return [found.index.file(int(row)).name for row in found.rows_E]
+
+
+def test_bad_files_end_the_run_unless_they_may_be_dropped(tmp_path):
+    root = pictures.folder(tmp_path / "in")
+    (root / "1.png").write_bytes(b"")
+    message = r"1 of the 3 images of .*in cannot be used, as .*1.png \(empty file.*data.bad_files"
+    with pytest.raises(UserError, match=message) as caught:
+        samples(tmp_path)
+    assert "\n" not in str(caught.value) and "t.csv" in str(caught.value)
+    assert names(samples(tmp_path, bad_files="drop")) == ["0.png", "2.png"]
+    with open(tmp_path / "t.csv", newline="") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["used", "used", "dropped"]
+
+
+@pytest.mark.parametrize("what", ["nothing", "notes", "bad"])
+def test_a_folder_without_images(tmp_path, what):
+    (tmp_path / "in").mkdir()
+    if what == "notes":
+        (tmp_path / "in" / "notes.md").write_text("x")
+    if what == "bad":
+        (tmp_path / "in" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="no images in .*in: it needs .png"):
+        samples(tmp_path, bad_files="drop")
+
+
+def test_images_too_small_are_not_enlarged_unless_asked(tmp_path):
+    pictures.folder(tmp_path / "in", ((64, 64), (63, 200)))
+    with pytest.raises(UserError, match="too small: 63 x 200 pixels, and data.upscale is false"):
+        samples(tmp_path)
+    assert names(samples(tmp_path, bad_files="drop")) == ["0.png"]
+    assert names(samples(tmp_path, upscale=True)) == ["0.png", "1.png"]
+
+
+def test_a_pixel_that_cannot_be_read_keeps_sizes_in_step(tmp_path):
+    root = pictures.folder(tmp_path / "in", ((64, 64), (96, 64), (64, 96)))
+    data = (root / "1.png").read_bytes()
+    (root / "1.png").write_bytes(data[:200] + bytes(50) + data[250:])
+    found = samples(tmp_path, bad_files="drop", buckets=(32, 96, 8))
+    assert names(found) == ["0.png", "2.png"]
+    assert found.sizes_E2.tolist() == [[64, 64], [48, 80]]
+    assert len(found.digests) == 2
+
+
+def test_limit_counts_images_that_are_not_prior(tmp_path):
+    pictures.folder(tmp_path / "in")
+    pictures.folder(tmp_path / "prior")
+    found = samples(tmp_path, limit=2, prior=str(tmp_path / "prior"))
+    assert found.prior_E.tolist() == [False, False, True, True, True]
+
+
+def test_repeats_and_balance(tmp_path):
+    pictures.folder(tmp_path / "in" / "3_a")
+    pictures.folder(tmp_path / "in" / "b", ((64, 64),))
+    assert samples(tmp_path).index.repeats_N.tolist() == [3, 3, 3, 1]
+    assert samples(tmp_path, repeats=5).index.repeats_N.tolist() == [5] * 4
+    assert samples(tmp_path, balance="classes").index.repeats_N.tolist() == [1, 1, 1, 3]
+
+
+def test_prior_images_are_lent_to_sizes_without(tmp_path):
+    pictures.folder(tmp_path / "in", ((64, 64), (96, 64), (64, 96)))
+    pictures.folder(tmp_path / "prior", ((64, 64), (120, 100), (100, 110)))
+    found = samples(
+        tmp_path, buckets=(32, 96, 8), prior=str(tmp_path / "prior"), prior_share=0.5, repeats=2
+    )
+    wanted = {tuple(size) for size in found.sizes_E2[~found.prior_E].tolist()}
+    assert {tuple(size) for size in found.sizes_E2[found.prior_E].tolist()} >= wanted
+    order = found.order(4, 0)
+    for step in range(6):
+        shown = order.indices(step).numpy()
+        assert found.prior_E[shown].sum() == 2
+        assert len({tuple(size) for size in found.sizes_E2[shown].tolist()}) == 1
+    for entry in np.flatnonzero(found.prior_E):
+        row = found.rows_E[entry]
+        size = found.sizes_E2[entry]
+        assert size[0] <= found.index.width_N[row] and size[1] <= found.index.height_N[row]
+
+
+def test_a_trigger_of_the_run_is_the_dataset_s(tmp_path):
+    pictures.folder(tmp_path / "in")
+    for text in (tmp_path / "in").glob("*.txt"):
+        text.write_text(f"a dog, {text.stem}")
+    found = own.dataset_of(samples(tmp_path, trigger="zwx"), tmp_path / "in", tmp_path)
+    assert found.captions == [f"zwx a dog, {i}" for i in range(3)]
+    assert (found.trigger, found.class_word) == ("zwx", "a dog")
+    with pytest.raises(UserError, match="no trigger: its caption lacks 'zwx'"):
+        samples(tmp_path, trigger="zwx", trigger_rule="keep")
+
+
+TOML = """
+[general]
+caption_extension = ".txt"
+{general}
+[[datasets]]
+resolution = 64
+batch_size = 4
+[[datasets.subsets]]
+image_dir = "{folder}"
+{subset}
+"""
+
+
+@pytest.fixture
+def toml(tmp_path):
+    pictures.folder(tmp_path / "in")
+
+    def write(general="", subset=""):
+        file = tmp_path / "data.toml"
+        file.write_text(TOML.format(folder=tmp_path / "in", general=general, subset=subset))
+        return str(file)
+
+    return write
+
+
+def test_a_toml_says_where_and_how(tmp_path, toml):
+    found = samples(tmp_path, toml=toml(subset="num_repeats = 3"))
+    assert found.index.repeats_N.tolist() == [3, 3, 3]
+
+
+def test_what_a_toml_asks_and_cannot_get_is_an_error(tmp_path, toml):
+    with pytest.raises(UserError, match=r"\[general\]: color_aug = True; .*random_crop = True"):
+        samples(tmp_path, toml=toml("color_aug = true", "random_crop = true"))
+    with pytest.raises(UserError, match="train.batch_size is 2, but .* says batch_size = 4"):
+        samples(tmp_path, toml=toml(), batch_size=2)
+    with pytest.raises(UserError, match="data.prior_weight is 0.5, but no subset .* is_reg"):
+        samples(tmp_path, toml=toml(), prior_weight=0.5)
+
+
+def test_the_stage_says_what_it_found(tmp_path, capsys):
+    pictures.folder(tmp_path / "in" / "a", ((64, 64), (300, 64)))
+    pictures.folder(tmp_path / "in" / "5_b", ((64, 64),))
+    (tmp_path / "in" / "a" / "0.txt").unlink()
+    (tmp_path / "in" / "notes.md").write_text("x")
+    data = Data(folder=str(tmp_path / "in"), bad_files="drop", shuffle_tags=True)
+    run = Run(name="r", study="s", data=data, train=Train(steps=30, batch_size=2, warmup_steps=1))
+    record = Record.open(tmp_path / "runs", run)
+    stage.prepare(run, record)
+    said = capsys.readouterr().out
+    for words in (
+        "2 images used, 1 dropped",
+        "dropped, no caption: 1 (the first: ",
+        "not images: 1 .md files",
+        "5_b: 5 repeats, as the folder's name says",
+        "sizes: 64 x 64: 2",
+        "1 images lose more than a third to cutting; most, 79%",
+        "samples per epoch: b 5, a 1",
+        "2 images, 6 samples per epoch with repeats; 2 of them per step (batch 2)",
+        "; 3 steps per epoch; 30 steps = 10 epochs",
+        "tags are drawn anew in each step",
+    ):
+        assert words in said
+    assert (record.path / "images.csv").is_file()
+    assert record.facts("data")["dropped_images"] == 1
+    assert stage.count(run) == (2, 6)
+    assert len(stage.dataset(run, record).items) == 2
+
+
+def test_a_caption_that_changes_later_is_refused(tmp_path):
+    root = pictures.folder(tmp_path / "in")
+    run = Run(name="r", study="s", data=Data(folder=str(root)))
+    record = Record.open(tmp_path / "runs", run)
+    stage.prepare(run, record)
+    (root / "0.txt").write_text("something else")
+    with pytest.raises(UserError, match="images or captions in .* changed since this run began"):
+        stage.dataset(run, record)
