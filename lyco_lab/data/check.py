@@ -8,18 +8,20 @@ import hashlib
 import io
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lyco_lab.data.headers import Unusable, strict
+from lyco_lab.data import headers
+from lyco_lab.data.headers import Unusable
 from lyco_lab.data.index import SAVE_EVERY_S, Index, chunks
 from lyco_lab.data.memo import Known, Memo
 from lyco_lab.data.scan import SETTLED_NS, UNSETTLED, Stamp
-from lyco_lab.errors import UserError
 from lyco_lab.progress import Bar
 
 DIGEST_BYTES = 16
@@ -45,60 +47,81 @@ def decode(path: Path) -> bytes:
     return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
 
 
-def mask_digest(path: Path) -> bytes:
-    try:
-        return hashlib.blake2b(path.read_bytes(), digest_size=DIGEST_BYTES).digest()
-    except OSError as error:
-        raise UserError(f"cannot read the mask {path}: {error.strerror}") from error
+@dataclass
+class _Look:
+    """A file that is to be decoded, and what came of it."""
+
+    file: str
+    stamp: Stamp
+    known: Known
 
 
 def check(index: Index, memo: Memo) -> tuple[Index, list[bytes], NDArray[np.int64]]:
-    """The images whose pixels can be read, their files' digests, and their old places."""
-    digests: dict[int, bytes] = {}
-    reasons: dict[int, str] = {}
-    todo: list[tuple[int, str, Stamp, Known]] = []
-    for i in range(len(index)):
-        file = str(index.file(i))
+    """The images whose pixels can be read, their digests, and their old places.
+
+    An image's digest is one of its mask too, where it has one.
+    """
+    files = [[str(index.file(i))] for i in range(len(index))]
+    for i, mask in enumerate(index.texts["mask"].to_pylist()):
+        if mask:
+            files[i].append(str(index.sources[index.source_N[i]].folder / mask))
+    known: dict[str, Known] = {}
+    todo: list[_Look] = []
+    for file in dict.fromkeys(file for both in files for file in both):
         try:
             now = stamp(Path(file))
         except OSError as error:
-            reasons[i] = f"gone: {os.strerror(error.errno or 0).lower()}"
+            known[file] = Known(problem=f"gone: {os.strerror(error.errno or 0).lower()}")
             continue
-        known = memo.find(file, now) or Known(int(index.width_N[i]), int(index.height_N[i]))
-        if known.digest:
-            digests[i] = known.digest
-        else:
-            todo.append((i, file, now, known))
-
-    def look(task: tuple[int, str, Stamp, Known]) -> bytes | str:
-        try:
-            return decode(Path(task[1]))
-        except Unusable as reason:
-            return str(reason)
-
-    saved_s = time.monotonic()
-    if todo:
-        # Decoding leaves Python's lock, so threads share the work.
-        with (
-            strict(),
-            ThreadPoolExecutor(os.cpu_count()) as pool,
-            Bar("images checked", len(todo)) as bar,
-        ):
-            for rows in chunks(len(todo), AT_ONCE):
-                tasks = [todo[row] for row in rows]
-                for (i, file, now, known), found in zip(tasks, pool.map(look, tasks), strict=True):
-                    if isinstance(found, str):
-                        reasons[i] = found
-                        known = known._replace(problem=found)
-                    else:
-                        digests[i] = found
-                        known = known._replace(digest=found)
-                    memo.learn(file, now, known)
-                    bar.advance()
-                if time.monotonic() - saved_s > SAVE_EVERY_S:
-                    memo.save()
-                    saved_s = time.monotonic()
+        found = memo.find(file, now) or Known()
+        known[file] = found
+        if not (found.digest or found.problem):
+            todo.append(_Look(file, now, found))
+    for look in _decoded(todo, memo):
+        known[look.file] = look.known
     memo.save()
-    kept = np.array(sorted(digests), np.int64)
-    left = index.drop(reasons) if reasons else index
-    return left, [digests[i] for i in kept.tolist()], kept
+    reasons: dict[int, str] = {}
+    digests: list[bytes] = []
+    for i, both in enumerate(files):
+        problems = [known[file].problem for file in both if known[file].problem]
+        if problems:
+            reasons[i] = problems[0] if known[both[0]].problem else f"mask {problems[0]}"
+        elif len(both) == 1:
+            digests.append(known[both[0]].digest)
+        else:
+            joined = b"".join(known[file].digest for file in both)
+            digests.append(hashlib.blake2b(joined, digest_size=DIGEST_BYTES).digest())
+    kept = np.setdiff1d(np.arange(len(files)), np.fromiter(reasons, np.int64, len(reasons)))
+    return (index.drop(reasons) if reasons else index), digests, kept
+
+
+def _decoded(todo: list[_Look], memo: Memo) -> Iterator[_Look]:
+    """The files, each with its digest or its problem, which the memo learns."""
+
+    def look(task: _Look) -> Known:
+        try:
+            # An image that is new to the memo is one that changed since its header was read.
+            header = (task.known.width, task.known.height)
+            width, height = header if header != (0, 0) else headers.header(Path(task.file))
+            return Known(width, height, digest=decode(Path(task.file)))
+        except Unusable as reason:
+            return task.known._replace(problem=str(reason))
+
+    if not todo:
+        return
+    saved_s = time.monotonic()
+    # Decoding leaves Python's lock, so threads share the work.
+    with (
+        headers.strict(),
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        Bar("images checked", len(todo)) as bar,
+    ):
+        for rows in chunks(len(todo), AT_ONCE):
+            tasks = [todo[row] for row in rows]
+            for task, known in zip(tasks, pool.map(look, tasks), strict=True):
+                memo.learn(task.file, task.stamp, known)
+                yield _Look(task.file, task.stamp, known)
+                bar.advance()
+            if time.monotonic() - saved_s > SAVE_EVERY_S:
+                memo.save()
+                saved_s = time.monotonic()

@@ -18,7 +18,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -135,12 +135,20 @@ class Index:
         )  # fmt: skip
 
     def digest(self, digests: Sequence[bytes]) -> str:
-        """Eight hex digits of all pixels, captions and repeats, wherever the folders lie."""
+        """Eight hex digits of all pixels, captions, repeats and rules, wherever the folders lie."""
         h = hashlib.blake2b(digest_size=4)
-        rows = zip(digests, self.repeats_N.tolist(), self.prior_N.tolist(), strict=True)
-        for i, (content, repeats, prior) in enumerate(rows):
+        for source in self.sources:
+            h.update(repr(replace(source, folder=Path())).encode())
+        rows = zip(
+            digests,
+            self.texts["caption"].to_pylist(),
+            self.repeats_N.tolist(),
+            self.source_N.tolist(),
+            strict=True,
+        )
+        for content, *rest in rows:
             h.update(content)
-            h.update(json.dumps([self.text("caption", i), repeats, prior]).encode())
+            h.update(json.dumps(rest).encode())
         return h.hexdigest()
 
     def reasons(self) -> Counter[str]:

@@ -31,7 +31,6 @@ from lyco_lab.data import fingerprint, pixels
 from lyco_lab.data.buckets import fit
 from lyco_lab.data.cache import Pictures, Spread
 from lyco_lab.data.captions import rng as caption_rng
-from lyco_lab.data.check import mask_digest
 from lyco_lab.data.index import Index, chunks
 from lyco_lab.data.order import Order
 from lyco_lab.data.pixels import Picture
@@ -151,14 +150,11 @@ class Stored:
     def latent_key(self, entry: int, flip: bool) -> bytes:
         row = int(self.samples.rows_E[entry])
         source = self.index.sources[self.index.source_N[row]]
-        mask = ""
-        if source.masks == "files" and (name := self.index.text("mask", row)):
-            mask = mask_digest(source.folder / name).hex()
         size = self.samples.sizes_E2[entry].tolist()
         return key(
             VERSION,
             self.samples.digests[row],
-            mask if source.masks == "files" else source.masks,
+            source.masks,
             self.vae_print,
             size,
             "middle",

@@ -371,6 +371,21 @@ def test_what_was_just_written_is_not_trusted(tmp_path, monkeypatch):
     assert memo.read == 6
 
 
+def test_a_mask_is_part_of_an_image_s_digest_and_can_be_bad(tmp_path):
+    root = pictures.folder(tmp_path / "in")
+    seen = []
+    for seed in (0, 1, 1):
+        pictures.image(root / "1.mask.png", seed=seed, mode="L")
+        memo = Memo(tmp_path / "files.arrow")
+        seen.append(check(found(root, memo, masks="files"), memo)[1])
+    assert seen[0] != seen[1] == seen[2]
+    assert [a == b for a, b in zip(*seen[:2], strict=True)] == [True, False, True]
+    (root / "1.mask.png").write_bytes(b"x")
+    left, _, kept = check(found(root, masks="files"), Memo())
+    assert used(left) == ["0.png", "2.png"] and kept.tolist() == [0, 2]
+    assert reasons(left)["1.png"].startswith("mask not an image")
+
+
 def test_bad_files_are_remembered_until_they_change(tmp_path):
     root = pictures.folder(tmp_path / "in")
     (root / "0.png").write_bytes(b"")

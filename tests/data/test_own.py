@@ -181,6 +181,18 @@ def test_the_stage_says_what_it_found(tmp_path, capsys):
     assert len(stage.dataset(run, record).items) == 2
 
 
+def test_a_toml_that_changes_later_is_refused(tmp_path, toml):
+    def started(**words):
+        run = Run(name="r", study="s", data=Data(toml=toml(**words)))
+        record = Record.open(tmp_path / "runs", run)
+        stage.prepare(run, record)
+        return stage.dataset(run, record)
+
+    assert len(started(general="shuffle_caption = true").items) == 3
+    with pytest.raises(UserError, match="changed since this run began"):
+        started(general="flip_aug = true")
+
+
 def test_a_caption_that_changes_later_is_refused(tmp_path):
     root = pictures.folder(tmp_path / "in")
     run = Run(name="r", study="s", data=Data(folder=str(root)))
