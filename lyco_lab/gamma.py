@@ -167,6 +167,8 @@ def scales_to(run: Run, gamma: float, *, carry: str = "all") -> Scales:
 def obstacle(run: Run) -> str:
     """Why no gamma of this run can be moved anywhere; "" where it can."""
     rule = run.optimizer_value()
+    if run.embedding.token is not None:
+        return "the vector of a token trains beside the factors, and no scaling of them moves it"
     if rule.no_gamma:
         return f"{type(rule).__name__} admits no exact transformation: {rule.no_gamma}"
     for layer in layers(run):

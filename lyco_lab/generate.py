@@ -32,13 +32,15 @@ from lyco_lab import tracking
 from lyco_lab.config import Run
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
+from lyco_lab.diffusion import word
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError
-from lyco_lab.formats import kohya
+from lyco_lab.formats import embedding, kohya
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.prompts import Prompt, prompts
 from lyco_lab.progress import track
 from lyco_lab.record import Record, atomic, locked
+from lyco_lab.train import embedding_file
 
 STAGE = "generate"
 TABLE = "images.parquet"
@@ -86,6 +88,8 @@ def generate(run: Run, record: Record) -> None:
     with locked(base):  # runs side by side ask for the same
         if not (base / TABLE).is_file():
             render(run, diffusion, asked, base, f"{run.name}: base model")
+    if (file := embedding_file(run, record)) is not None:
+        word.add(diffusion, str(run.embedding.token), embedding.load(file))
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
         if mounted.is_one_weight:
             mounted.merge()

@@ -5,11 +5,22 @@ compose.py   defaults <- base.yaml <- study.yaml <- command line, one layer at a
 study.py     a study's folder -> its list of runs
 """
 
-from lyco_lab.config.run import Data, Evaluate, Generate, Model, Run, Train, Trainer, Wandb
+from lyco_lab.config.run import (
+    Data,
+    Embedding,
+    Evaluate,
+    Generate,
+    Model,
+    Run,
+    Train,
+    Trainer,
+    Wandb,
+)
 from lyco_lab.config.study import Study, load_study
 
 __all__ = [
     "Data",
+    "Embedding",
     "Evaluate",
     "Generate",
     "Model",

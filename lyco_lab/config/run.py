@@ -14,7 +14,7 @@ from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.options import Options
 from lyco_lab.config.checks import at_least, choose, need
 from lyco_lab.config.data import Data
-from lyco_lab.config.training import Train, Trainer
+from lyco_lab.config.training import Embedding, Train, Trainer
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.optimizers.base import Optimizer
 
@@ -110,6 +110,7 @@ class Run:
     options: Options = Options()
     optimizer: dict[str, Any] = field(default_factory=DEFAULT_OPTIMIZER.copy)
     train: Train = Train()
+    embedding: Embedding = Embedding()
     trainer: Trainer = Trainer()
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
@@ -163,6 +164,11 @@ class Run:
                 f"train.ema_decay is {self.train.ema_decay!r}, but the optimizer "
                 f"{self.optimizer['kind']!r} averages the factors itself: use one of them"
             )
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether text encoders have to read captions in every step, since what they say moves."""
+        return self.model.text_encoder or self.embedding.token is not None
 
     def adapter_value(self) -> Adapter:
         """The adapter this run trains."""

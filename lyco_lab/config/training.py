@@ -1,4 +1,4 @@
-"""The sections `train` and `trainer` of a run: how it is trained, and on what.
+"""The sections `train`, `embedding` and `trainer` of a run: how it is trained, and on what.
 
 `train` is made of the classes before it, in the order in which a step uses them; in a study's YAML
 all of their settings stand side by side.
@@ -211,6 +211,27 @@ class Train(Noise, Loss, Rates, Watch):
         dropout, decay = self.caption_dropout, self.ema_decay
         need(0 <= dropout <= 1, "train.caption_dropout", dropout, "a number in [0, 1]")
         need(decay is None or 0 < decay < 1, "train.ema_decay", decay, "null or between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """A token of its own for the concept, whose vector trains beside the adapter."""
+
+    token: str | None = None
+    init: str | None = None
+    lr: float | None = None
+
+    def __post_init__(self) -> None:
+        given = self.token is not None
+        for key in ("init", "lr"):
+            goes_with(f"embedding.{key}", getattr(self, key), "embedding.token", given=given)
+        if self.token is not None:
+            plain = self.token.replace("-", "").replace("_", "")
+            needed = "a word of letters, digits, '-' and '_', as it names a file"
+            need(plain.isascii() and plain.isalnum(), "embedding.token", self.token, needed)
+            needed = "words from whose mean the token starts, such as its class"
+            need(bool((self.init or "").strip()), "embedding.init", self.init, needed)
+        positive("embedding.lr", self.lr)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,7 +119,7 @@ def count(run: Run) -> tuple[int, int]:
 
 def material(run: Run, images: Dataset, diffusion: Diffusion) -> Cache | Stored:
     """All that training reads of the images: latents, texts, and the order of batches."""
-    frozen = not run.model.text_encoder
+    frozen = not run.reads_texts
     if not isinstance(images, OwnDataset):
         return cache.build(diffusion, images, text_states=frozen)
     live = run.data.latents == "live"

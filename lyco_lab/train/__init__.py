@@ -23,6 +23,6 @@ everything else that moves.
 """
 
 from lyco_lab.train.module import suits
-from lyco_lab.train.stage import train
+from lyco_lab.train.stage import embedding_file, train
 
-__all__ = ["suits", "train"]
+__all__ = ["embedding_file", "suits", "train"]

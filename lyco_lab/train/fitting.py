@@ -33,7 +33,8 @@ def fit(
 ) -> None:
     """Steps `first` to the last, with other processes if this is one of several."""
     process = process or Process()
-    again = list(module.mounted) if run.train.gradient_checkpointing else []
+    passed = dict.fromkeys([*module.mounted, *module.words])  # by gradients
+    again = passed if run.train.gradient_checkpointing else {}
     with (
         quiet(),
         recomputing([module.diffusion.parts[part] for part in again]),
@@ -71,7 +72,7 @@ def fit(
 def averaging(run: Run, module: Training, feed: Feed) -> DDPStrategy:
     """How several processes share their gradients."""
     unused = run.trainer.strategy.endswith("_true")
-    if run.trainer.strategy == "auto" and run.model.text_encoder:
+    if run.trainer.strategy == "auto" and run.reads_texts:
         # Some families use what comes before a text encoder's last layer, which so has no effect.
         unused = module.has_idle_factors(next(iter(feed)))
     return DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)

@@ -25,9 +25,12 @@ from lyco_lab.config.groups import check
 from lyco_lab.data.batches import Batch
 from lyco_lab.diffusion.model import Diffusion
 from lyco_lab.diffusion.objective import Objective
+from lyco_lab.diffusion.word import Word
 from lyco_lab.optimizers.base import Optimizer
 from lyco_lab.train import guard, loss, noise, optimizer, schedule
 from lyco_lab.train.checkpoint import State
+
+WORD = "embedding"  # what a word's vectors are called beside the factors
 
 
 def suits(settings: Train, objective: Objective) -> None:
@@ -45,10 +48,14 @@ class Training(lightning.LightningModule):
         mounted: Mapping[str, Mounted],
         settings: Train,
         rule: Optimizer,
+        words: Mapping[str, Word] | None = None,
+        word_lr: float | None = None,
     ) -> None:
+        """`words`: of text encoders, that train with a learning rate of their own."""
         super().__init__()
         self.diffusion = diffusion
         self.mounted = dict(mounted)
+        self.words = dict(words or {})
         self.settings = settings
         self.rule = rule
         self.models = nn.ModuleDict(diffusion.parts)  # for Lightning to see the parameters
@@ -64,6 +71,10 @@ class Training(lightning.LightningModule):
         self.trained = [factor.parameter for factor in trained]
         self.clip_weights = optimizer.weights(settings, trained)
         groups = optimizer.groups(settings, rule, trained)
+        for part, word in self.words.items():
+            self.trained.append(word.vector_1D)
+            self.clip_weights.append(1.0)
+            groups.append(optimizer.of_word(part, word.vector_1D, word_lr, rule))
         self.optimizer = optimizer.build(rule, groups)
         self.rules = [group.rule for group in groups]
         decay = settings.ema_decay
@@ -72,12 +83,13 @@ class Training(lightning.LightningModule):
         self.losses: list[float] = []  # of its micro-batches
 
     def factors(self) -> dict[str, nn.Parameter]:
-        """'part.layer.factor' -> parameter, in the order of the models."""
-        return {
+        """'part.layer.factor' -> parameter, in the order of the models; words come last."""
+        factors = {
             f"{part}.{name}": factor
             for part, mounted in self.mounted.items()
             for name, factor in mounted.named_factors().items()
         }
+        return factors | {f"{part}.{WORD}": word.vector_1D for part, word in self.words.items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return self.optimizer
@@ -166,14 +178,21 @@ class Training(lightning.LightningModule):
         average = self.average
         return State(
             step=step,
-            factors={part: m.state_dict() for part, m in self.mounted.items()},
+            factors={part: m.state_dict() for part, m in self.mounted.items()} | self._vectors(),
             average=None if average is None else average.values,
             optimizer=self.optimizer.state_dict(),
             seconds=seconds,
             threads=torch.get_num_threads(),
         )
 
+    def _vectors(self) -> dict[str, dict[str, Tensor]]:
+        vectors = {part: word.vector_1D.detach() for part, word in self.words.items()}
+        return {WORD: vectors} if vectors else {}
+
     def load_state(self, state: State) -> None:
+        with torch.no_grad():
+            for part, word in self.words.items():
+                word.vector_1D.copy_(state.factors[WORD][part])
         for part, mounted in self.mounted.items():
             mounted.load_state_dict(state.factors[part])
         self.optimizer.load_state_dict(state.optimizer)

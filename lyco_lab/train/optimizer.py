@@ -19,6 +19,8 @@ from lyco_lab.config import Train
 from lyco_lab.config.groups import group_of
 from lyco_lab.optimizers.base import Group, Optimizer
 
+WORD_LR = 5e-4  # of a token's vector, where none is given
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -54,6 +56,12 @@ def groups(settings: Train, rule: Optimizer, factors: Sequence[Factor]) -> list[
             )
         )
     return made
+
+
+def of_word(part: str, vector: nn.Parameter, lr: float | None, rule: Optimizer) -> Group:
+    """The group of a token's vector, which is not drawn towards 0."""
+    undecayed = rule.moved({"weight_decay": 0.0}) if hasattr(rule, "weight_decay") else rule
+    return Group(f"{part}, embedding", [vector], WORD_LR if lr is None else lr, undecayed)
 
 
 def build(rule: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:

@@ -4,6 +4,7 @@
     train/checkpoints/        where a run that was stopped goes on from
     train/samples/            images drawn on the way, if asked for
     adapter.safetensors       the result
+    embeddings/WORD.safetensors    and the vectors of a word that trained beside it
 
 Everything is done in the process it is called in, unless several devices are to share a batch
 (processes.py).
@@ -28,10 +29,10 @@ from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import beside, dataset, material
 from lyco_lab.data.stored import Stored
-from lyco_lab.diffusion import targets
+from lyco_lab.diffusion import targets, word
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.errors import UserError
-from lyco_lab.formats import kohya
+from lyco_lab.formats import embedding, kohya
 from lyco_lab.miniature import placed
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
@@ -46,6 +47,7 @@ from lyco_lab.train.validation import Validation, split
 
 STAGE = "train"
 ADAPTER = "adapter.safetensors"
+EMBEDDINGS = "embeddings"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -56,7 +58,7 @@ def train(run: Run, record: Record) -> None:
     images = dataset(run, record)
     diffusion = frozen(run)
     mounted = mount(run, diffusion)
-    module = Training(diffusion, mounted, run.train, run.optimizer_value())
+    module = training(run, diffusion, mounted)
     folder = record.path / STAGE
     checkpoints = Checkpoints(folder / "checkpoints")
     state = checkpoints.latest(rows_of(folder / "metrics.csv"))
@@ -65,7 +67,8 @@ def train(run: Run, record: Record) -> None:
         module.load_state(state)
     stop = Stop()
     facts = {
-        "trainable_params": sum(m.num_params for m in mounted.values()),
+        "trainable_params": sum(m.num_params for m in mounted.values())
+        + sum(w.vector_1D.numel() for w in module.words.values()),
         "layers": {part: len(m.layers) for part, m in mounted.items()},
         "dataset_digest": record.facts("data")["digest"],
         "device": diffusion.denoiser.device.type,
@@ -85,6 +88,7 @@ def train(run: Run, record: Record) -> None:
             steps=run.train.steps,
             seconds=0.0 if state is None else state.seconds,
         )
+        _check_word(run, diffusion, images)
         shown = seen(run, diffusion, images)
         if first < run.train.steps:
             if shown.cut_captions:
@@ -105,6 +109,9 @@ def train(run: Run, record: Record) -> None:
             samples_per_epoch = orders(run, shown)[0].samples_per_epoch
             noted = metadata(run, images, samples_per_epoch) | diffusion.described
             kohya.save(record.path / ADAPTER, mounted, noted)
+            if (file := embedding_file(run, record)) is not None:
+                vectors = {part: w.vector_1D for part, w in module.words.items()}
+                embedding.save(file, vectors)
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
     record.finish(
@@ -115,7 +122,7 @@ def train(run: Run, record: Record) -> None:
 def follow(process: Process, run: Run, record: Record, first: int) -> Callable[[], None]:
     """What the other processes of a run do: the same, but for writing."""
     diffusion = frozen(run, process.rank)
-    module = Training(diffusion, mount(run, diffusion), run.train, run.optimizer_value())
+    module = training(run, diffusion, mount(run, diffusion))
     threads = None
     if first:
         state = read(Checkpoints(record.path / STAGE / "checkpoints").file(first))
@@ -132,6 +139,12 @@ def follow(process: Process, run: Run, record: Record, first: int) -> Callable[[
             fit(run, module, shown, first, [], process)
 
     return go
+
+
+def embedding_file(run: Run, record: Record) -> Path | None:
+    """Where the vectors of the run's own word are, if it has one; the word is the file's name."""
+    token = run.embedding.token
+    return None if token is None else record.path / EMBEDDINGS / f"{token}.safetensors"
 
 
 def frozen(run: Run, rank: int = 0) -> Diffusion:
@@ -193,6 +206,25 @@ def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
             init_scale=partial(_init_scale, run, part),
         )
     return mounted
+
+
+def _check_word(run: Run, diffusion: Diffusion, images: Dataset) -> None:
+    token = run.embedding.token
+    if token is None or any(word.occurs(diffusion, token, text) for text in images.captions):
+        return
+    raise UserError(
+        f"embedding.token is {token!r}, but none of the {len(images.items)} captions has that "
+        "word: it would never train"
+    )
+
+
+def training(run: Run, diffusion: Diffusion, mounted: dict[str, Mounted]) -> Training:
+    """What trains: adapters, and the run's own word if it has one."""
+    words: dict[str, word.Word] = {}
+    if run.embedding.token is not None:
+        starts = word.mean(diffusion, str(run.embedding.init))
+        words = word.add(diffusion, run.embedding.token, starts)
+    return Training(diffusion, mounted, run.train, run.optimizer_value(), words, run.embedding.lr)
 
 
 def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:

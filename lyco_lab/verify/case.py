@@ -260,6 +260,8 @@ def _check_settings(given: dict[str, Any]) -> None:
             raise UserError(f"{key} is what {flags[key]} says: leave one of them out")
         if key in ("trainer.devices", "trainer.strategy"):
             raise UserError(f"{key} is of no use here: what is compared is trained on one device")
+        if first == "embedding":
+            raise UserError(f"{key} is of no use here: adapters alone are compared")
         if first.startswith("adapter") and last.endswith("alpha"):
             raise UserError(f"{key} is what --gamma says, and 1 in the run it is compared with")
 

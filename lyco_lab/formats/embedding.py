@@ -1,0 +1,47 @@
+"""A token's vectors in a .safetensors file, as web interfaces and diffusers read them.
+
+    one text encoder       emb_params (1, D)
+    several                clip_l, clip_g, t5xxl
+
+The token itself is the file's name.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lyco_lab.errors import UserError
+from lyco_lab.record import atomic
+
+ALONE = "emb_params"
+KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
+
+
+def save(path: Path, vectors: Mapping[str, Tensor]) -> None:
+    """`vectors`: of each text encoder, (1, D)."""
+    keys = {name: ALONE if len(vectors) == 1 else KEYS[name] for name in vectors}
+    tensors = {
+        keys[name]: v.detach().cpu().to(torch.float32, copy=True) for name, v in vectors.items()
+    }
+    data = safetensors.torch.save(tensors)
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """The vectors by text encoder."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no embedding file {path}") from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    names = {key: name for name, key in KEYS.items()} | {ALONE: "text_encoder"}
+    if not tensors or not tensors.keys() <= names.keys():
+        known = ", ".join(names)
+        raise UserError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, needs {known}")
+    return {names[key]: tensor for key, tensor in tensors.items()}
