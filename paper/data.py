@@ -9,7 +9,7 @@ import pandas as pd
 
 from lyco_lab.adapters import ADAPTERS
 from lyco_lab.errors import UserError
-from paper.paths import GAMMA, RESULTS
+from paper.paths import DRIFT, GAMMA, KEPT, RESULTS
 
 BASE = "base"  # the adapter column of the rows of the model without any,
 REAL = "real"  # and of the training images, measured as if they had been generated
@@ -60,6 +60,29 @@ def gamma_pairs(path: Path) -> dict[str, pd.DataFrame]:
     return {str(pair): rows for pair, rows in table.groupby("pair", sort=False)}
 
 
+CERTIFIED = (
+    "adapter",
+    "optimizer",
+    "dtype",
+    "keep",
+    "steps",
+    "delta_error",
+    "loss_error",
+    "rounding",
+)
+
+
+def certified(path: Path) -> pd.DataFrame:
+    """What `lyco-lab verify --out` wrote, its errors as numbers."""
+    table = _read(path, CERTIFIED)
+    numbers = ["steps", "delta_error", "loss_error", "rounding"]
+    try:
+        table[numbers] = table[numbers].apply(pd.to_numeric)
+    except ValueError as error:
+        raise UserError(f"{path}: an error is not a number: {error}") from error
+    return table
+
+
 def display(adapter: str) -> str:
     """An adapter's name as its class spells it: 'lora' is LoRA."""
     references = {BASE: "base model", REAL: "training images"}
@@ -69,11 +92,13 @@ def display(adapter: str) -> str:
 
 
 def arguments(description: str, out: Path, argv: Sequence[str] | None) -> argparse.Namespace:
-    """What every script takes: `table` (results), `gamma` (losses) and `out` (a folder)."""
+    """What every script takes: the tables it may read, and `out`, a folder."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     for name, default, text in (
         ("table", RESULTS, "the runs' results"),
         ("gamma", GAMMA, "the losses of the gamma pairs"),
+        ("drift", DRIFT, "runs rewritten by a gamma that is rounded"),
+        ("kept", KEPT, "rewritten runs of which one setting was left as it was"),
         ("out", out, "the folder to write to"),
     ):
         parser.add_argument(f"--{name}", type=Path, default=default, help=f"{text} (%(default)s)")
