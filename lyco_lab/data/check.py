@@ -61,20 +61,23 @@ def check(index: Index, memo: Memo) -> tuple[Index, list[bytes], NDArray[np.int6
 
     An image's digest is one of its mask too, where it has one.
     """
-    files = [[str(index.file(i))] for i in range(len(index))]
+    known = {
+        file: Known(digest=digest)
+        for file, digest in zip(index.files(), index.digests.to_pylist(), strict=True)
+    }
+    files = [[file] for file in index.files()]
     for i, mask in enumerate(index.texts["mask"].to_pylist()):
         if mask:
             files[i].append(str(index.sources[index.source_N[i]].folder / mask))
-    known: dict[str, Known] = {}
+            known.setdefault(files[i][1], Known())
     todo: list[_Look] = []
-    for file in dict.fromkeys(file for both in files for file in both):
+    for file in [file for file, found in known.items() if not found.digest]:
         try:
             now = stamp(Path(file))
         except OSError as error:
             known[file] = Known(problem=f"gone: {os.strerror(error.errno or 0).lower()}")
             continue
-        found = memo.find(file, now) or Known()
-        known[file] = found
+        found = known[file] = memo.find(file, now) or Known()
         if not (found.digest or found.problem):
             todo.append(_Look(file, now, found))
     for look in _decoded(todo, memo):

@@ -47,12 +47,14 @@ class _Rows:
     """Images under construction, one entry of each list per image."""
 
     texts: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in TEXTS})
+    digests: list[bytes] = field(default_factory=list)
     numbers: "array[int]" = field(
         default_factory=lambda: array("i")
     )  # source, width, height, repeats
 
-    def add(self, numbers: Sequence[int], **texts: str) -> None:
+    def add(self, numbers: Sequence[int], digest: bytes, **texts: str) -> None:
         self.numbers.extend(numbers)
+        self.digests.append(digest)
         for name, column in self.texts.items():
             column.append(texts.get(name, ""))
 
@@ -67,6 +69,7 @@ class Index:
     width_N: NDArray[np.int32]  # as the picture is looked at, whatever way the file holds it
     height_N: NDArray[np.int32]
     repeats_N: NDArray[np.int32]
+    digests: Any  # of their bytes; b"" of those that were not decoded yet
     dropped: tuple[Lost, ...]  # images, with their full path
     other: tuple[Lost, ...]  # files that are no images
     remarks: tuple[str, ...] = ()  # on the folders, one line each
@@ -87,9 +90,17 @@ class Index:
         priors = np.array([source.prior for source in self.sources], bool)
         return priors[self.source_N]
 
-    def caption(self, i: int) -> str:
-        """As it is where nothing is drawn."""
-        return self.sources[self.source_N[i]].captions.draw(self.text("caption", i))
+    def captions(self) -> list[str]:
+        """All of them, as they are where nothing is drawn."""
+        rules = [source.captions for source in self.sources]
+        texts = self.texts["caption"].to_pylist()
+        return [rules[n].draw(text) for n, text in zip(self.source_N.tolist(), texts, strict=True)]
+
+    def files(self) -> list[str]:
+        """The paths of all images."""
+        roots = [str(source.folder) for source in self.sources]
+        names = self.texts["file"].to_pylist()
+        return [f"{roots[n]}/{name}" for n, name in zip(self.source_N.tolist(), names, strict=True)]
 
     def select(self, rows: NDArray[Any], lost: Sequence[Lost] = ()) -> "Index":
         """Some of the images; the others are `lost`."""
@@ -100,6 +111,7 @@ class Index:
             self.width_N[rows],
             self.height_N[rows],
             self.repeats_N[rows],
+            self.digests.take(pa.array(rows)),
             (*self.dropped, *lost),
             self.other,
             self.remarks,
@@ -129,10 +141,7 @@ class Index:
         _, class_N, count = np.unique(names, return_inverse=True, return_counts=True)
         times = np.maximum(1, np.rint(count.max() / count)).astype(np.int32)
         repeats_N = np.where(self.prior_N, self.repeats_N, times[class_N])
-        return Index(
-            self.sources, self.texts, self.source_N, self.width_N, self.height_N,
-            repeats_N.astype(np.int32), self.dropped, self.other, self.remarks,
-        )  # fmt: skip
+        return replace(self, repeats_N=repeats_N.astype(np.int32))
 
     def digest(self, digests: Sequence[bytes]) -> str:
         """Eight hex digits of all pixels, captions, repeats and rules, wherever the folders lie."""
@@ -198,6 +207,7 @@ def build(sources: Sequence[Source], memo: Memo) -> Index:
         width_N,
         height_N,
         repeats_N,
+        pa.array(rows.digests, pa.binary()),
         tuple(dropped),
         tuple(other),
         tuple(remarks),
@@ -268,7 +278,7 @@ class _Reader:
         for name in folder.files:
             self._file(name, folder, stems)
         repeats, words = self._numbered(folder)
-        above = self._above(folder)
+        above, concept = self._above(folder), _concept(folder)
         for stem, names in stems.items():
             for name in names:
                 path = folder.name(name)
@@ -278,7 +288,7 @@ class _Reader:
                     self._drop(path, f"name used twice: {others} lies beside it")
                     continue
                 try:
-                    self._image(name, stem, folder, above, repeats, words)
+                    self._image(name, stem, folder, above, concept, repeats, words)
                 except Unusable as reason:
                     self._drop(path, str(reason))
         if time.monotonic() - self.saved_s > SAVE_EVERY_S:
@@ -315,7 +325,14 @@ class _Reader:
         return 1, self.source.class_tokens
 
     def _image(
-        self, name: str, stem: str, folder: Folder, above: Above, repeats: int, words: str
+        self,
+        name: str,
+        stem: str,
+        folder: Folder,
+        above: Above,
+        concept: str,
+        repeats: int,
+        words: str,
     ) -> None:
         path = folder.name(name)
         known = self._known(path, folder.files[name], image=True)
@@ -340,9 +357,7 @@ class _Reader:
             raise Unusable(f"no caption: write one in {wanted}")
         if self.source.needs_trigger and not captions.says(caption, self.source.captions.trigger):
             raise Unusable(f"no trigger: its caption lacks {self.source.captions.trigger!r}")
-        if "concept" not in texts and folder.path:
-            match = NUMBERED.fullmatch(PurePosixPath(folder.path).name)
-            texts["concept"] = match[2].strip() if match else PurePosixPath(folder.path).name
+        texts.setdefault("concept", concept)
         if self.source.masks == "files":
             texts["mask"] = self._mask(stem, folder)
         repeats = repeats if self.source.repeats is None else self.source.repeats
@@ -350,6 +365,7 @@ class _Reader:
             raise Unusable("0 repeats: so its list or folder asks")
         self.rows.add(
             (self.number, known.width, known.height, repeats),
+            known.digest,
             file=path,
             caption=caption,
             **texts,
@@ -400,6 +416,13 @@ class _Reader:
                 raise Unusable(f"two masks: {beside} and {MASK_FOLDER}/{below.name}")
             return folder.name(beside)
         return folder.name(f"{MASK_FOLDER}/{below.name}") if below.is_file() else ""
+
+
+def _concept(folder: Folder) -> str:
+    """What the images in a folder are of, by its name."""
+    name = PurePosixPath(folder.path).name
+    match = NUMBERED.fullmatch(name)
+    return match[2].strip() if match else name
 
 
 def chunks(total: int, size: int) -> Iterator[range]:

@@ -84,13 +84,10 @@ class Memo:
     def _load(self) -> None:
         self._table = table = _read(self.path)
         self._rows = {file: i for i, file in enumerate(table["file"].to_pylist())}
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
-        self._numbers = [columns[name].to_numpy() for name in NUMBERS]
-        self._texts = [columns[name] for name in ("text", "problem", "digest")]
-        self._empty = [
-            pc.equal(pc.binary_length(column), 0).to_numpy(zero_copy_only=False)
-            for column in self._texts
-        ]
+        # Views of the columns: a number is read from them without an object for each row.
+        self._numbers = [_view(table[name].to_numpy()) for name in NUMBERS]
+        self._texts = [table[name].combine_chunks() for name in ("text", "problem", "digest")]
+        self._has = [_view(pc.binary_length(column).to_numpy()) for column in self._texts]
         self._learned = _Columns()
 
     def find(self, file: str, stamp: Stamp) -> Known | None:
@@ -98,14 +95,19 @@ class Memo:
         row = self._rows.get(file)
         if row is None or stamp.changed_ns == UNSETTLED:
             return None
-        size, modified, changed, width, height = self._numbers
-        if (size[row], modified[row], changed[row]) != stamp:
+        sizes, modified, changed, width, height = self._numbers
+        if sizes[row] != stamp.size or modified[row] != stamp.modified_ns:
             return None
-        text, problem, digest = (
-            column[row].as_py() if not empty[row] else None
-            for column, empty in zip(self._texts, self._empty, strict=True)
+        if changed[row] != stamp.changed_ns:
+            return None
+        (text, problem, digest), has = self._texts, self._has
+        return Known(
+            width[row],
+            height[row],
+            text[row].as_py() if has[0][row] else "",
+            problem[row].as_py() if has[1][row] else "",
+            digest[row].as_py() if has[2][row] else b"",
         )
-        return Known(int(width[row]), int(height[row]), text or "", problem or "", digest or b"")
 
     def learn(self, file: str, stamp: Stamp, known: Known) -> None:
         self.read += 1
@@ -126,6 +128,11 @@ class Memo:
         ):
             writer.write_table(table, max_chunksize=2**16)
         self._load()
+
+
+def _view(column: Any) -> memoryview:
+    whole: Any = np.ascontiguousarray(column)
+    return memoryview(whole)
 
 
 def _read(path: Path | None) -> Any:

@@ -34,7 +34,7 @@ from lyco_lab.data.captions import rng as caption_rng
 from lyco_lab.data.index import Index, chunks
 from lyco_lab.data.order import Order
 from lyco_lab.data.pixels import Picture
-from lyco_lab.data.shards import Damaged, Shards, key
+from lyco_lab.data.shards import Damaged, Keys, Shards, key
 from lyco_lab.diffusion.model import Diffusion, Sizes
 from lyco_lab.errors import UserError
 from lyco_lab.progress import Bar
@@ -147,31 +147,37 @@ class Stored:
         }
         return key(type(self.diffusion).__name__, prints, found, plain).hex()
 
-    def latent_key(self, entry: int, flip: bool) -> bytes:
-        row = int(self.samples.rows_E[entry])
-        source = self.index.sources[self.index.source_N[row]]
-        size = self.samples.sizes_E2[entry].tolist()
-        return key(
-            VERSION,
-            self.samples.digests[row],
-            source.masks,
-            self.vae_print,
-            size,
-            "middle",
-            flip and source.flip,
-            self.precision,
-        )
+    def latent_keys(self, flip: bool) -> list[bytes]:
+        """Of each entry."""
+        makers = [
+            Keys(
+                VERSION,
+                source.masks,
+                self.vae_print,
+                "middle",
+                flip and source.flip,
+                self.precision,
+            )
+            for source in self.index.sources
+        ]
+        rows = self.samples.rows_E
+        sources, sizes = self.index.source_N[rows].tolist(), self.samples.sizes_E2.astype("<i4")
+        digests = self.samples.digests
+        return [
+            makers[source](digests[row] + size.tobytes())
+            for source, row, size in zip(sources, rows.tolist(), sizes, strict=True)
+        ]
 
     @cached_property
     def captions(self) -> list[str]:
         """All captions that differ, and last the empty one; as they are where nothing is drawn."""
-        return [*dict.fromkeys(self.index.caption(i) for i in range(len(self.index))), ""]
+        return [*dict.fromkeys(self.index.captions()), ""]
 
     @cached_property
     def caption_N(self) -> NDArray[np.int64]:
         """Of each image, the place of its caption."""
         places = {caption: i for i, caption in enumerate(self.captions[:-1])}
-        return np.array([places[self.index.caption(i)] for i in range(len(self.index))], np.int64)
+        return np.array([places[caption] for caption in self.index.captions()], np.int64)
 
     # Building
 
@@ -189,22 +195,21 @@ class Stored:
             print(f"{damaged} files of the cache in {self.folder} were damaged, and made anew")
         return self
 
-    def _name(self, entry: int) -> str:
-        width, height = self.samples.sizes_E2[entry].tolist()
-        return f"latents/{width}x{height}"
-
     def _open(self, name: str) -> Shards:
         if name not in self._shards:
             self._shards[name] = Shards(self.folder / name)
         return self._shards[name]
 
     def _build_latents(self, flip: bool) -> None:
-        names = np.array([self._name(e) for e in range(len(self.samples))])
-        keys = [self.latent_key(e, flip) for e in range(len(self.samples))]
+        keys = self.latent_keys(flip)
         places_E2 = np.full((len(self.samples), 2), -1, np.int32)
         missing = []
-        for name in dict.fromkeys(names.tolist()):
-            here = np.flatnonzero(names == name)
+        sizes, size_E = np.unique(self.samples.sizes_E2, axis=0, return_inverse=True)
+        groups = {
+            _name(size): np.flatnonzero(size_E.reshape(-1) == number)
+            for number, size in enumerate(sizes.tolist())
+        }
+        for name, here in groups.items():
             places_E2[here] = self._open(name).places([keys[e] for e in here])
             lacking = here[places_E2[here, 0] < 0]
             # Copies of an image share one row.
@@ -216,8 +221,7 @@ class Stored:
             with Bar(title, total) as bar:
                 for name, entries in missing:
                     self._encode(name, entries, flip, keys, bar)
-            for name, _ in missing:
-                here = np.flatnonzero(names == name)
+            for name, here in groups.items():
                 places_E2[here] = self._open(name).places([keys[e] for e in here])
         self._places["flipped" if flip else "latents"] = places_E2
 
@@ -299,12 +303,10 @@ class Stored:
             rows["mask"] = np.stack(masks)
         return rows
 
-    def _text_key(self, caption: str) -> bytes:
-        return key(VERSION, caption, self.text_print)
-
     def _build_texts(self) -> None:
         shards = self._open("text")
-        keys = [self._text_key(caption) for caption in self.captions]
+        maker = Keys(VERSION, self.text_print)
+        keys = [maker(caption.encode()) for caption in self.captions]
         places = shards.places(keys)
         missing = np.flatnonzero(places[:, 0] < 0).tolist()
         if missing:
@@ -404,7 +406,10 @@ class Stored:
         return weights
 
     def _row(self, entry: int, flip: bool) -> dict[str, NDArray[Any]]:
-        which, shards = "flipped" if flip else "latents", self._open(self._name(entry))
+        which, shards = (
+            "flipped" if flip else "latents",
+            self._open(_name(self.samples.sizes_E2[entry].tolist())),
+        )
         try:
             return shards.row(self._places[which][entry])
         except Damaged as damaged:
@@ -458,6 +463,11 @@ class Stored:
         rows = self.samples.rows_E[indices_B.tolist()]
         own = [self.index.sources[s].captions.dropout for s in self.index.source_N[rows]]
         return torch.tensor([rate if one is None else one for one in own])
+
+
+def _name(size: Sequence[int]) -> str:
+    """The folder of images of a size."""
+    return f"latents/{size[0]}x{size[1]}"
 
 
 def _joined(gathered: Sequence[dict[str, NDArray[Any]]]) -> dict[str, NDArray[Any]]:

@@ -137,6 +137,8 @@ def stored(root: Path, model: Model):
 
 def model(root: Path) -> Model:
     """Text states in proportion to the latents: those of 100,000 captions are 24 GB."""
+    import lyco_lab.data.stage  # noqa: F401  # as it is imported where a model is loaded
+
     return Model(768 * side(root) ** 2 // 512**2)
 
 

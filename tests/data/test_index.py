@@ -47,7 +47,7 @@ def test_captions_beside_images_in_all_folders(tmp_path):
     pictures.image(tmp_path / "z.webp", 20, 30, caption="last")
     index = found(tmp_path)
     assert used(index) == ["0.png", "1.png", "2.png", "z.webp", "inner/deep/a.jpg"]
-    assert index.caption(4) == "another"
+    assert index.captions()[4] == "another"
     assert (index.width_N[4], index.height_N[4]) == (80, 40)
     assert index.texts["concept"].to_pylist() == ["", "", "", "", "deep"]
     assert index.repeats_N.tolist() == [1] * 5 and not index.dropped and not index.other
@@ -59,12 +59,12 @@ def test_the_folders_of_sd_scripts_say_repeats_and_words(tmp_path):
     pictures.image(tmp_path / "3_cat" / "inner" / "c.png")
     index = found(tmp_path)
     assert index.repeats_N.tolist() == [10, 10, 3]
-    assert [index.caption(i) for i in range(3)] == ["sks dog", "its own", "cat"]
+    assert [index.captions()[i] for i in range(3)] == ["sks dog", "its own", "cat"]
     assert index.texts["concept"].to_pylist() == ["sks dog", "sks dog", "inner"]
     assert "10_sks dog: 10 repeats, as the folder's name says" in index.remarks
     assert found(tmp_path, repeats=2).repeats_N.tolist() == [2, 2, 2]
     plain = found(tmp_path, numbered=False, class_tokens="a pet")
-    assert plain.repeats_N.tolist() == [1, 1, 1] and plain.caption(2) == "a pet"
+    assert plain.repeats_N.tolist() == [1, 1, 1] and plain.captions()[2] == "a pet"
 
 
 def test_the_list_of_a_hub_s_folder(tmp_path):
@@ -74,7 +74,7 @@ def test_the_list_of_a_hub_s_folder(tmp_path):
              {"file_name": "train/b.png", "caption": "two"}]  # fmt: skip
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     index = found(tmp_path)
-    assert [index.caption(i) for i in range(2)] == ["one", "two"]
+    assert [index.captions()[i] for i in range(2)] == ["one", "two"]
     assert any("columns not used: bbox" in line for line in index.report())
 
 

@@ -208,7 +208,7 @@ def test_captions_are_read_once_and_dropped_in_each_step(tmp_path, diffusion, be
     stored = begin(diffusion, prefix="a photo of ")
     assert encoded["captions"] == 3  # two that differ, and the empty one
     batch = batch_of(stored)
-    said = {i: stored.index.caption(i) for i in range(3)}
+    said = {i: stored.index.captions()[i] for i in range(3)}
     assert said[0].startswith("a photo of sks dog")
     for i, hidden in zip(batch.indices_B.tolist(), batch.text["hidden"], strict=True):
         expected = diffusion.encode_text([said[i]])["hidden"][0]
@@ -247,7 +247,7 @@ def test_text_encoders_that_train_get_token_numbers(tmp_path, diffusion, begin, 
     pictures.folder(tmp_path / "in")
     stored = begin(diffusion, text_encoder=True)
     batch = batch_of(stored)
-    said = [stored.index.caption(i) for i in batch.indices_B.tolist()]
+    said = [stored.index.captions()[i] for i in batch.indices_B.tolist()]
     assert torch.equal(batch.text["ids"], diffusion.tokenize(said)["ids"])
     assert encoded["captions"] == 0
 
