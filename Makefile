@@ -24,10 +24,10 @@ demo: setup ## train, generate, evaluate and report experiments/demo (5 minutes 
 	$(BIN)/lyco-lab run experiments/demo
 
 test: setup ## the tests that take less than five seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-slow: setup ## the others
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 check: setup ## lint, format, types
 	$(BIN)/ruff check .

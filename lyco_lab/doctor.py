@@ -60,7 +60,7 @@ EXTRAS: dict[str, tuple[str, dict[str, str | None]]] = {
     "optimizer prodigy": ("optimizers", {"prodigyopt": "prodigyopt.Prodigy"}),
     "optimizer schedulefree": ("optimizers", {"schedulefree": "schedulefree.AdamWScheduleFree"}),
     "optimizer adamw8bit": ("optimizers", {"bitsandbytes": "bitsandbytes.optim.AdamW8bit"}),
-    "the project's tests": ("dev", dict.fromkeys(("pytest", "hypothesis"))),
+    "the project's tests": ("dev", dict.fromkeys(("pytest", "pytest-xdist", "hypothesis"))),
     "tests against others": ("dev", dict.fromkeys(("lycoris-lora", "peft", "lion-pytorch"))),
     "lint and types": ("dev", dict.fromkeys(("ruff", "mypy"))),
 }
