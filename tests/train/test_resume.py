@@ -1,5 +1,6 @@
 """A run that was killed, stopped or damaged, and run again, ends as if nothing had happened."""
 
+import dataclasses
 import errno
 import os
 import random
@@ -12,11 +13,15 @@ import traceback
 import pytest
 import torch
 
+from lyco_lab.adapters.options import Options
+from lyco_lab.config import Data, Embedding
+from lyco_lab.data.stage import prepare
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
 from lyco_lab.train import train
 from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.checkpoint import Checkpoints
+from tests.data import pictures
 
 
 def checkpoints(record):
@@ -268,3 +273,51 @@ def test_seconds_add_up_over_sittings(begin, monkeypatch):
     assert spent > 0
     train(run, record)
     assert record.facts("train")["train_seconds"] > spent
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_with_everything_on(begin, tmp_path, results):
+    """Several batches and sizes, all that is drawn, averages, texts, prior images, a word."""
+    sizes = [(64, 64), (96, 40), (40, 96), (64, 64), (96, 40), (64, 64), (40, 96)]
+    data = Data(
+        folder=str(pictures.folder(tmp_path / "pictures", sizes)),
+        prior=str(pictures.folder(tmp_path / "prior", sizes[:4])),
+        resolution=64,
+        buckets=(32, 96, 32),
+        flip=True,
+        shuffle_tags=True,
+        keep_tags=1,
+        tag_dropout=0.2,
+    )
+    settings = {
+        "steps": 40, "checkpoint_every": 3, "batch_size": 2, "accumulate": 2, "ema_decay": 0.8,
+        "caption_dropout": 0.3, "text_encoder": True, "noise_offset": 0.1,
+        "input_perturbation": 0.1, "min_snr_gamma": 5.0, "loss": "huber",
+        "schedule": "cosine_restarts", "schedule_restarts": 2,
+        "gradient_checkpointing": True, "validate_every": 4, "validation_share": 0.2,
+        "stop_on_divergence": 50.0, "sample_every": 20,
+    }  # fmt: skip
+
+    def everything(where):
+        run, _ = begin(where, **settings)
+        run = dataclasses.replace(
+            run,
+            data=data,
+            embedding=Embedding(token="sks", init="c"),
+            options=Options(dropout=0.1, rank_dropout=0.1, module_dropout=0.1),
+        )
+        record = Record.open(tmp_path / where, run)
+        prepare(run, record)
+        return run, record
+
+    run, straight = everything("straight")
+    train(run, straight)
+    run, killed = everything("killed")
+    rng, kills = random.Random(), 0
+    for rows in sorted(rng.sample(range(1, 40), 20)):
+        kills += kill_when(in_a_process(run, killed), killed, rows, rng.uniform(0, 0.05))
+    assert kills >= 15
+    assert os.waitpid(in_a_process(run, killed), 0)[1] == 0
+    assert results(killed) == results(straight)
+    words = [(r.path / "embeddings" / "sks.safetensors").read_bytes() for r in (straight, killed)]
+    assert words[0] == words[1]
