@@ -152,9 +152,10 @@ def check_keys(values: Nested, origin: str) -> None:
 def _hint(path: str) -> str:
     """The same name in the right section, or else whatever is spelled most like it."""
     same_name = [key for key in KEYS if key.split(".")[-1] == path.split(".")[-1]]
-    if len(same_name) == 1:
-        return f" (did you mean {same_name[0]!r}?)"
-    return nearest(path, same_name) or nearest(path, KEYS + INNER_KEYS)
+    near = nearest(path, same_name)
+    if same_name and not near:
+        near = f" (did you mean {same_name[0]!r}?)"
+    return near or nearest(path, KEYS + INNER_KEYS)
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

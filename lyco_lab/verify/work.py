@@ -3,13 +3,14 @@
 Cases with the same R are one job, in which R trains once.
 """
 
+import io
 import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -48,7 +49,8 @@ def verify(cases: Sequence[Case], workers: int | None = None) -> Iterator[tuple[
     threads = 1 if _embedded(cases) else max(1, (os.cpu_count() or 1) // workers)
     with tempfile.TemporaryDirectory(prefix="lyco-lab-verify-") as folder:
         record = Record.open(Path(folder), cases[0].base)
-        prepare(cases[0].base, record)
+        with redirect_stdout(io.StringIO()):  # what is said of images is no result
+            prepare(cases[0].base, record)
         images = dataset(cases[0].base, record)
         if workers > 1:
             yield from _side_by_side(jobs(cases), images, workers, threads)
