@@ -11,6 +11,7 @@ files and copied, so that memory stays flat; every reading checks the row's sum.
 import hashlib
 import json
 import mmap
+import os
 import struct
 import zlib
 from collections import OrderedDict
@@ -26,7 +27,7 @@ from safetensors.numpy import save_file
 from lyco_lab.record import atomic
 
 KEY_BYTES = 16
-OPEN = 32  # files mapped at once
+OPEN = 8  # files mapped at once: their pages count as memory of the process
 KEYS, SUMS = "_keys", "_sums"
 DTYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I64": np.int64, "I32": np.int32}
 
@@ -105,8 +106,8 @@ class Shards:
         self._files.append(file)
         self._headers.append(header)
         shard = len(self._files) - 1
-        for row, found in enumerate(keys):
-            self._places[found.tobytes()] = (shard, row)
+        for row in range(len(keys) // KEY_BYTES):
+            self._places[keys[row * KEY_BYTES : (row + 1) * KEY_BYTES]] = (shard, row)
 
     def places(self, keys: Sequence[bytes]) -> NDArray[np.int32]:
         """(N, 2): shard and row of each key, -1 where there is none."""
@@ -189,10 +190,10 @@ def _sum(row: Rows) -> int:
     return found
 
 
-def _open(file: Path) -> tuple[_Header, NDArray[np.uint8]]:
+def _open(file: Path) -> tuple[_Header, bytes]:
     """What a file holds and where, and its keys; `ValueError` if it cannot be so."""
-    size = file.stat().st_size
     with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
         (length,) = struct.unpack("<Q", opened.read(8))
         if length > size:
             raise ValueError("cut short")
@@ -212,4 +213,4 @@ def _open(file: Path) -> tuple[_Header, NDArray[np.uint8]]:
             raise ValueError("rows do not agree")
         opened.seek(header.offsets[KEYS])
         keys = opened.read(rows.pop() * KEY_BYTES)
-    return header, np.frombuffer(keys, np.uint8).reshape(-1, KEY_BYTES)
+    return header, keys

@@ -102,6 +102,25 @@ def test_prior_images_are_lent_to_sizes_without(tmp_path):
         assert size[0] <= found.index.width_N[row] and size[1] <= found.index.height_N[row]
 
 
+def test_as_many_are_lent_as_have_places_and_those_that_show_most(tmp_path):
+    pictures.folder(tmp_path / "in", ((96, 40),) * 3)
+    pictures.folder(tmp_path / "prior", ((100, 100), (120, 60), (110, 64), (300, 100), (64, 64)))
+    found = samples(
+        tmp_path, buckets=(32, 96, 8), prior=str(tmp_path / "prior"), prior_share=0.25, repeats=2
+    )
+    size = found.sizes_E2[0].tolist()
+    lent = [
+        found.index.file(found.rows_E[e]).name
+        for e in np.flatnonzero(found.prior_E)
+        if found.sizes_E2[e].tolist() == size
+    ]
+    # 6 samples of ours are three quarters: 2 places are theirs.
+    aspect = size[0] / size[1]
+    shapes = {"0.png": 1, "1.png": 2, "2.png": 110 / 64, "3.png": 3}
+    wide = sorted(shapes, key=lambda n: abs(np.log(shapes[n] / aspect)))
+    assert lent == wide[:2]
+
+
 def test_a_trigger_of_the_run_is_the_dataset_s(tmp_path):
     pictures.folder(tmp_path / "in")
     for text in (tmp_path / "in").glob("*.txt"):

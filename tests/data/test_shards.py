@@ -68,7 +68,7 @@ def test_more_files_than_are_mapped_at_once(tmp_path):
     places = shards.places([key(i) for i in range(40)])
     for i in (*range(40), 0, 39):
         assert same(shards.row(places[i]), rows(1, seed=i), 0)
-    assert len(shards._maps) <= 32
+    assert len(shards._maps) <= 8
 
 
 def spoiled(tmp_path, spoil):

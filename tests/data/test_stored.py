@@ -483,6 +483,16 @@ def test_two_processes_see_the_halves_of_a_batch(tmp_path, diffusion, begin):
         assert torch.equal(joined, whole.text["hidden"])
 
 
+def test_two_processes_draw_the_tags_that_one_would(tmp_path, diffusion, begin):
+    root = pictures.folder(tmp_path / "in", ((64, 64),))
+    (root / "0.txt").write_text("a, b, c, d, e, f, g")
+    stored = begin(diffusion, shuffle_tags=True)
+    whole = batch_of(stored, size=4).text["ids"]
+    halves = [batch_of(stored, size=2, ranks=2, rank=r).text["ids"] for r in (0, 1)]
+    assert torch.equal(torch.cat(halves), whole)
+    assert len({tuple(row) for row in whole.tolist()}) == 4
+
+
 def test_a_run_goes_on_where_it_was(tmp_path, diffusion, begin):
     pictures.folder(tmp_path / "in", SIZES)
     settings = BUCKETS | {"flip": True, "shuffle_tags": True, "tag_dropout": 0.3}
