@@ -253,7 +253,7 @@ def dataset_of(samples: Samples, folder: Path, cache: Path) -> OwnDataset:
                 source.folder / columns["file"][i],
                 source.captions.draw(columns["caption"][i]),
                 int(index.repeats_N[i]),
-                attributes=json.loads(columns["attributes"][i] or "{}"),
+                attributes=json.loads(columns["attributes"][i]) if columns["attributes"][i] else {},
                 **texts,
             )
         )

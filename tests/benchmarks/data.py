@@ -130,9 +130,13 @@ class Model:
 
 
 def stored(root: Path, model: Model):
+    from lyco_lab.data.own import dataset_of
     from lyco_lab.data.stored import Stored
 
-    return Stored(samples(root), model, root / "cache", text_states=True, cached=True).build()
+    found = samples(root)
+    found.index.digest(found.digests)  # as a run does, to see that nothing changed
+    dataset_of(found, root, root / "cache")
+    return Stored(found, model, root / "cache", text_states=True, cached=True).build()
 
 
 def model(root: Path) -> Model:
