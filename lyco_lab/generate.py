@@ -81,9 +81,7 @@ def generate(run: Run, record: Record) -> None:
             f"generate.types = {list(run.generate.types)} gives no prompt for run {run.name!r}: "
             "concepts of the category 'style' have none of the type 'style'"
         )
-    diffusion = load(placed(run.model)).to(
-        "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    diffusion = load(placed(run.model)).to("cuda" if torch.cuda.is_available() else "cpu")
     base = base_folder(run, record)
     with locked(base):  # runs side by side ask for the same
         if not (base / TABLE).is_file():
