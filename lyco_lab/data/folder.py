@@ -12,7 +12,7 @@ silently: an image that cannot be used is an error with its name.
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ class Dataset:
     """The images that a run trains on, in a fixed order."""
 
     folder: Path
-    items: tuple[Item, ...]
+    items: Sequence[Item]
 
     @property
     def captions(self) -> list[str]:

@@ -8,10 +8,10 @@ of other images than its author meant is worth little; `data.bad_files: drop` go
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -228,9 +228,44 @@ def _lent(
     return np.array(rows, np.int64), np.array(sizes, np.int32).reshape(-1, 2)
 
 
+class Items(Sequence[Item]):
+    """The images that are not prior ones, as items that are made when they are asked for."""
+
+    def __init__(self, index: Index) -> None:
+        self.of = index
+        self.rows = np.flatnonzero(~index.prior_N)
+        every = index.captions()
+        self.captions = [every[row] for row in self.rows]
+        self.trigger, self.class_word = _trigger(index, self.captions)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Item: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> list[Item]: ...
+
+    def __getitem__(self, place: int | slice) -> Item | list[Item]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        row = int(self.rows[place])
+        texts: dict[str, Any] = {name: self.of.text(name, row) for name in TEXTS}
+        if self.trigger:
+            texts |= {"trigger": self.trigger, "class_word": self.class_word}
+        return Item(
+            self.of.file(row),
+            self.captions[place],
+            int(self.of.repeats_N[row]),
+            attributes=json.loads(self.of.text("attributes", row) or "{}"),
+            **texts,
+        )
+
+
 @dataclass(frozen=True)
 class OwnDataset(Dataset):
-    """The images as items, as evaluation and reports go through them; prior ones are no part.
+    """A user's images, as evaluation and reports go through them; prior ones are no part.
 
     `cache`: the folder of what the models say of them.
     """
@@ -238,40 +273,35 @@ class OwnDataset(Dataset):
     samples: Samples
     cache: Path
 
+    @property
+    def captions(self) -> list[str]:
+        captions = self.samples.index.captions()
+        return [captions[row] for row in self._rows]
+
+    @property
+    def repeats(self) -> tuple[int, ...]:
+        return tuple(self.samples.index.repeats_N[self._rows].tolist())
+
+    @property
+    def _rows(self) -> NDArray[np.int64]:
+        return np.flatnonzero(~self.samples.index.prior_N)
+
 
 def dataset_of(samples: Samples, folder: Path, cache: Path) -> OwnDataset:
-    index = samples.index
-    columns = {name: column.to_pylist() for name, column in index.texts.items()}
-    items = []
-    for i, number in enumerate(index.source_N.tolist()):
-        source = index.sources[number]
-        if source.prior:
-            continue
-        texts: dict[str, Any] = {name: columns[name][i] for name in TEXTS}
-        items.append(
-            Item(
-                source.folder / columns["file"][i],
-                source.captions.draw(columns["caption"][i]),
-                int(index.repeats_N[i]),
-                attributes=json.loads(columns["attributes"][i]) if columns["attributes"][i] else {},
-                **texts,
-            )
-        )
-    return OwnDataset(folder, with_trigger(items, index.sources), samples, cache)
+    return OwnDataset(folder, Items(samples.index), samples, cache)
 
 
-def with_trigger(items: Sequence[Item], sources: Sequence[Source]) -> tuple[Item, ...]:
-    """Where no list names the trigger: the one asked for, else the word all captions begin with."""
-    if any(item.trigger for item in items):
-        return tuple(items)
-    asked = {source.captions.trigger for source in sources if not source.prior}
-    heads = {item.caption.split(",")[0].strip() for item in items}
+def _trigger(index: Index, captions: Sequence[str]) -> tuple[str, str]:
+    """Trigger and class where no list names them: what was asked for, else how captions begin."""
+    if any(index.texts["trigger"].to_pylist()):
+        return "", ""
+    asked = {source.captions.trigger for source in index.sources if not source.prior}
+    heads = {caption.split(",")[0].strip() for caption in captions}
     trigger = asked.pop() if len(asked) == 1 else ""
     if trigger:
         words = {head.removeprefix(trigger).strip() for head in heads}
-        class_word = words.pop() if len(words) == 1 else ""
-        return tuple(replace(item, trigger=trigger, class_word=class_word) for item in items)
+        return trigger, words.pop() if len(words) == 1 else ""
     if len(heads) != 1:
-        return tuple(items)
+        return "", ""
     trigger, _, class_word = heads.pop().partition(" ")
-    return tuple(replace(item, trigger=trigger, class_word=class_word) for item in items)
+    return trigger, class_word

@@ -121,6 +121,24 @@ def test_as_many_are_lent_as_have_places_and_those_that_show_most(tmp_path):
     assert lent == wide[:2]
 
 
+def test_a_dataset_s_columns_are_those_of_its_items(tmp_path):
+    pictures.folder(tmp_path / "in" / "3_a")
+    pictures.folder(tmp_path / "prior")
+    found = own.dataset_of(
+        samples(tmp_path, prior=str(tmp_path / "prior"), suffix="!"), tmp_path, tmp_path
+    )
+    assert len(found.items) == 3
+    assert found.captions == [item.caption for item in found.items]
+    assert found.captions == [f"sks dog, tag {i}, outside!" for i in range(3)]
+    assert found.repeats == tuple(item.repeats for item in found.items) == (3, 3, 3)
+    assert found.samples_per_epoch == 9
+    assert found.items[:2] == [found.items[0], found.items[1]]
+    assert [item.file.name for item in found.items] == ["0.png", "1.png", "2.png"]
+    assert (found.trigger, found.class_word) == ("sks", "dog")
+    with pytest.raises(IndexError):
+        found.items[3]
+
+
 def test_a_trigger_of_the_run_is_the_dataset_s(tmp_path):
     pictures.folder(tmp_path / "in")
     for text in (tmp_path / "in").glob("*.txt"):
