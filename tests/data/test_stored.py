@@ -292,6 +292,17 @@ def test_prior_images_take_their_share_and_weight(tmp_path, diffusion, begin):
     assert (record["images"], record["prior_images"]) == (2, 3)
 
 
+def test_masks_and_prior_weights_multiply(tmp_path, diffusion, begin):
+    root = pictures.folder(tmp_path / "in", ((64, 64),))
+    pictures.folder(tmp_path / "prior", ((64, 64),))
+    half = np.full((64, 64), 51, np.uint8)
+    Image.fromarray(half).save(root / "0.mask.png")
+    stored = begin(diffusion, masks="files", prior=str(tmp_path / "prior"), prior_weight=0.5)
+    weights = rows(stored, [0, 1]).weights
+    torch.testing.assert_close(weights[0], torch.full((1, 16, 16), 0.2))
+    torch.testing.assert_close(weights[1], torch.full((1, 16, 16), 0.5))
+
+
 def test_prior_images_that_fit_no_size_are_an_error(tmp_path, diffusion, begin):
     pictures.folder(tmp_path / "in", ((96, 64),))
     pictures.folder(tmp_path / "prior", ((64, 64),))
