@@ -407,16 +407,15 @@ def test_other_settings_of_the_model_are_other_texts(tmp_path, diffusion, begin,
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"resolution": 64}, {"resolution": 64, "flip": True}, {"masks": "alpha"}, {"latents": "fp16"}],
+    "settings", [{"resolution": 96}, {"flip": True}, {"masks": "alpha"}, {"latents": "fp16"}]
 )
 def test_sizes_flips_masks_and_precision_are_kept_apart(
     tmp_path, diffusion, begin, encoded, settings
 ):
     pictures.folder(tmp_path / "in", ((128, 128),) * 3)
-    for given in (BUCKETS | {"resolution": 80}, settings, settings):
+    for given in ({}, settings, settings, {}):
         begin(diffusion, **given)
-    assert encoded["images"] == 6 + 3 * ("flip" in settings)
+    assert encoded["images"] == 6
 
 
 @pytest.mark.parametrize("what", ["latents", "text"])
