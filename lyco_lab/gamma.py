@@ -187,8 +187,7 @@ def transformed(run: Run, scales: Mapping[Place, float], adapter: Adapter) -> Ru
     into groups.
     """
     rule = run.optimizer_value()
-    places = [(layer, name) for layer in layers(run) for name in layer.factors]
-    each = {(layer.name, name): scales.get((layer.name, name), 1.0) for layer, name in places}
+    each = _everywhere(run, scales)
     distinct = set(each.values())
     if len(distinct) > 1 and rule.one_scale:
         raise UserError(
@@ -202,6 +201,12 @@ def transformed(run: Run, scales: Mapping[Place, float], adapter: Adapter) -> Ru
     if len(distinct) == 1:
         return _expressed(run, adapter, base, run.train.groups)
     return _expressed(run, adapter, base, _groups(run, _moved_groups(run, each), base))
+
+
+def _everywhere(run: Run, scales: Mapping[Place, float]) -> Scales:
+    """A scale for each factor of the run: 1 where none is given."""
+    places = [(layer.name, name) for layer in layers(run) for name in layer.factors]
+    return {place: scales.get(place, 1.0) for place in places}
 
 
 def _scaled(group: Group, s: float, rule: Optimizer) -> Group:
@@ -304,9 +309,7 @@ def canonical(run: Run) -> Run:
     scales = _canonical_scales(run)
     if scales is None:
         return run
-    each = {
-        (y.name, name): scales.get((y.name, name), 1.0) for y in layers(run) for name in y.factors
-    }
+    each = _everywhere(run, scales)
     starting = (
         (layer.name, name)
         for layer in layers(run)

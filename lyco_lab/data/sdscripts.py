@@ -82,15 +82,20 @@ class Toml:
     dropped: tuple[str, ...]
 
 
-def read(path: Path) -> Toml:
-    """The sources of a dataset in TOML. Folders in it are relative to where the command is run."""
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds."""
     try:
         with path.open("rb") as file:
-            content = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from error
+
+
+def read(path: Path) -> Toml:
+    """The sources of a dataset in TOML. Folders in it are relative to where the command is run."""
+    content = read_toml(path)
     for key in content:
         if key not in LEVELS:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, LEVELS)}")

@@ -15,7 +15,6 @@ question and the expectation of the study are left for its author.
 import re
 import shutil
 import tempfile
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from lyco_lab.config import Study, load_study
+from lyco_lab.data.sdscripts import read_toml
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.import_config import pictures, training
 from lyco_lab.import_config.adapter import adapter
@@ -78,13 +78,7 @@ def import_config(
 
 def read(path: Path) -> Keys:
     """The file's keys. Names of tables are for people only: what is in them counts."""
-    try:
-        with path.open("rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from error
+    content = read_toml(path)
     if "datasets" in content:
         raise UserError(
             f"{path} describes a dataset, not a training: a study names it as data.toml={path}"
