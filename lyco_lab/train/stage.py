@@ -89,7 +89,7 @@ def train(run: Run, record: Record) -> None:
             seconds=0.0 if state is None else state.seconds,
         )
         _check_word(run, diffusion, images)
-        shown = seen(run, diffusion, images)
+        shown = material(run, images, diffusion)
         if first < run.train.steps:
             if shown.cut_captions:
                 print(
@@ -132,7 +132,7 @@ def follow(process: Process, run: Run, record: Record, first: int) -> Callable[[
             )
         module.load_state(state)
         threads = state.threads
-    shown = seen(run, diffusion, dataset(run, record))
+    shown = material(run, dataset(run, record), diffusion)
 
     def go() -> None:
         with exact(threads):
@@ -162,11 +162,6 @@ def device(run: Run, rank: int = 0) -> torch.device:
             f"{'is' if here == 1 else 'are'} {here} GPU{'s' * (here != 1)} here"
         )
     return torch.device("cuda", rank)
-
-
-def seen(run: Run, diffusion: Diffusion, images: Dataset) -> Cache | Stored:
-    """The images as the run's model sees them."""
-    return material(run, images, diffusion)
 
 
 def validating(

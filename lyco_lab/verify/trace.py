@@ -19,6 +19,7 @@ from lyco_lab.config import Model, Run
 from lyco_lab.data.batches import Batch
 from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
+from lyco_lab.data.stage import material
 from lyco_lab.data.stored import Stored
 from lyco_lab.diffusion.model import Diffusion
 from lyco_lab.errors import Interrupted
@@ -140,7 +141,7 @@ class Bench:
         if self.held is None or self.held[0] != key:
             self.held = None  # two full models may not fit
             diffusion = stage.frozen(run)
-            self.held = (key, diffusion, stage.seen(run, diffusion, self.images))
+            self.held = (key, diffusion, material(run, self.images, diffusion))
         return self.held[1], self.held[2]
 
 

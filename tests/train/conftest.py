@@ -7,8 +7,10 @@ import pytest
 
 from lyco_lab.config import Data, Generate, Model, Run, Train, Trainer, Wandb
 from lyco_lab.data.stage import prepare
+from lyco_lab.errors import Interrupted
 from lyco_lab.record import Record
 from lyco_lab.train import train
+from lyco_lab.train.callbacks import Rows
 
 
 @pytest.fixture
@@ -72,3 +74,23 @@ def results():
         )
 
     return results
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """Train a run, and stop it from outside after so many steps."""
+
+    def interrupted(run: Run, record: Record, after: int) -> None:
+        rows_end = Rows.on_train_batch_end
+
+        def stop(self: Rows, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
+            rows_end(self, trainer, module, outputs, batch, i)
+            if batch.step + 1 == after:
+                raise Interrupted("here")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "on_train_batch_end", stop)
+            with pytest.raises(Interrupted):
+                train(run, record)
+
+    return interrupted

@@ -12,12 +12,11 @@ from lyco_lab.config import Embedding, Generate
 from lyco_lab.data.stage import prepare
 from lyco_lab.diffusion import word
 from lyco_lab.diffusion.model import load
-from lyco_lab.errors import Interrupted, UserError
+from lyco_lab.errors import UserError
 from lyco_lab.formats import embedding, kohya
 from lyco_lab.generate import generate
 from lyco_lab.record import Record
 from lyco_lab.train import train
-from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.module import Training
 from tests.conftest import CLASS, TRIGGER, tiny_tokenizer
 from tests.diffusion import tiny
@@ -130,22 +129,12 @@ def test_a_vector_is_not_drawn_to_zero_and_has_its_own_rate(of_word):
     assert [p is module.words["text_encoder"].vector_1D for p in own["params"]] == [True]
 
 
-def test_a_run_with_a_word_that_was_stopped_goes_on_bit_for_bit(of_word, results, monkeypatch):
+def test_a_run_with_a_word_that_was_stopped_goes_on_bit_for_bit(of_word, results, interrupted):
     settings = {"steps": 8, "ema_decay": 0.6}
     run, straight = of_word("straight", **settings)
     train(run, straight)
     run, record = of_word("stopped", **settings)
-    rows_end = Rows.on_train_batch_end
-
-    def stop(self, trainer, module, outputs, batch, batch_idx):
-        rows_end(self, trainer, module, outputs, batch, batch_idx)
-        if batch.step + 1 == 6:
-            raise Interrupted("here")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Rows, "on_train_batch_end", stop)
-        with pytest.raises(Interrupted):
-            train(run, record)
+    interrupted(run, record, after=6)
     train(run, record)
     assert results(record) == results(straight)
     assert torch.equal(vectors(record)["text_encoder"], vectors(straight)["text_encoder"])

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from lyco_lab.config import Train
 from lyco_lab.data.batches import Order
 from lyco_lab.diffusion.objective import Epsilon, Flow
-from lyco_lab.errors import Interrupted, UserError
+from lyco_lab.errors import UserError
 from lyco_lab.train import train
-from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.divergence import Diverged, Divergence
 from lyco_lab.train.journal import Journal
 from lyco_lab.train.module import Training
@@ -156,21 +155,11 @@ def test_the_loss_is_of_the_held_out_images_with_fixed_noise(begin, monkeypatch)
     assert float(rows(record)[-1]["validation_loss"]) == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_a_run_that_was_stopped_sees_the_same(begin, trained, results, monkeypatch):
+def test_a_run_that_was_stopped_sees_the_same(begin, trained, results, interrupted):
     settings = {"validate_every": 2, "validation_share": 0.3, "stop_on_divergence": 5.0, "steps": 8}
     _, straight = trained("straight", **settings)
     run, record = begin("stopped", **settings)
-    rows_end = Rows.on_train_batch_end
-
-    def stop(self, trainer, module, outputs, batch, batch_idx):
-        rows_end(self, trainer, module, outputs, batch, batch_idx)
-        if batch.step + 1 == 5:
-            raise Interrupted("here")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Rows, "on_train_batch_end", stop)
-        with pytest.raises(Interrupted):
-            train(run, record)
+    interrupted(run, record, after=5)
     train(run, record)
     assert results(record) == results(straight)
 
