@@ -129,9 +129,9 @@ def test_a_python_of_its_own_killed_and_started_again(tiny_sd, tiny_concept, tmp
             start_new_session=True,
         )
 
-    def record(where):
-        (folder,) = (tmp_path / where).iterdir()
-        return Record(folder)
+    def records(where):
+        """The run's folder, once it is there; what runs share lies beside it."""
+        return [Record(folder) for folder in (tmp_path / where).glob("killed-*")]
 
     def finish(where):
         process = start(where)
@@ -140,19 +140,24 @@ def test_a_python_of_its_own_killed_and_started_again(tiny_sd, tiny_concept, tmp
 
     def stop(number, rows):
         """Send a signal to the group, as a terminal does, once so many rows are written."""
-        process = start("stopped")
-        while not ((tmp_path / "stopped").is_dir() and rows_written(record("stopped")) >= rows):
-            assert process.poll() is None
-            time.sleep(0.002)
-        os.killpg(process.pid, number)
-        return process.communicate()[1]
+        with start("stopped") as process:
+            try:
+                while sum(map(rows_written, records("stopped"))) < rows:
+                    assert process.poll() is None
+                    time.sleep(0.002)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            os.killpg(process.pid, number)
+            return process.communicate()[1]
 
     finish("straight")
     rng = random.Random()
     stop(signal.SIGKILL, rng.randint(1, 20))
     assert "which is saved" in stop(signal.SIGINT, rng.randint(21, 38))
     finish("stopped")
-    assert results(record("stopped")) == results(record("straight"))
+    stopped, straight = (results(*records(where)) for where in ("stopped", "straight"))
+    assert stopped == straight
 
 
 def test_stopped_by_control_c_it_saves_and_goes_on(begin, trained, results, monkeypatch):
