@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from lyco_lab.config import Study
     from lyco_lab.engines.local import Outcome
-    from lyco_lab.fold import Folding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,7 +68,7 @@ def run(
     ] = None,
     fold: Annotated[
         bool,
-        typer.Option("--fold/--no-fold", help="Train one of equivalent runs, or each of them."),
+        typer.Option("--fold/--no-fold", help="Train once what runs share, or each run by itself."),
     ] = True,
     out: Folder = Path("runs"),
 ) -> None:
@@ -243,24 +242,32 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
 
     from lyco_lab.costs import estimates
     from lyco_lab.dry_run import plan
-    from lyco_lab.fold import Folding, folding
+    from lyco_lab.fold import Folding, folding, in_pairs
     from lyco_lab.lacking import lacking
+    from lyco_lab.longer import starts
 
     lack = lacking(study) if full else None
     if lack is not None:
         study = lack.study
     plans = plan(study, lack.models, lack.images) if lack else plan(study)
     folded = folding(study, root) if fold else Folding(len(plans), len(plans))
+    training = [p for p in plans if p.run.name not in folded.folds]
+    begin = starts([p.run for p in training], root, in_pairs(study)) if fold else {}
     console.print(f"[bold]{study.name}[/]: {study.question}")
     console.print(f"{folded.sentence} (in {root})", end="\n" if full else "; ")
-    params = sum(p.params for p in plans if p.run.name not in folded.folds)
+    if begin:
+        went = f"{len(begin)} go{'es' if len(begin) == 1 else ''} on from a shorter one"
+        console.print(went, end="\n" if full else "; ")
+    params = sum(p.params for p in training)
     if not full:
         console.print(f"{params:,} trained parameters in all")
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("run", no_wrap=True)
     columns = ["layers", "parameters", "images x repeats", "steps x batch", "epochs", "done"]
-    for title in columns + ["as"] * bool(folded.folds):
+    taken = {name: f"{each.source.name}, {each.how}" for name, each in folded.folds.items()}
+    taken |= {name: each.sentence for name, each in begin.items()}
+    for title in columns + ["takes"] * bool(taken):
         table.add_column(title, justify="right")
     for p in plans:
         train = p.run.train
@@ -274,7 +281,7 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
             f"{train.steps} x {train.samples_per_step} = {train.steps * train.samples_per_step}",
             f"{p.epochs:.3g}" if p.images else "?",
             ", ".join(p.stages_done(root)) or "-",
-            *([_as(folded, p.run.name)] if folded.folds else []),
+            *([taken.get(p.run.name, "")] if taken else []),
         )
     console.print(table)
     console.print(f"{params:,} trained parameters in all")
@@ -287,18 +294,12 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
             "what they allow, with the same gamma"
         )
     console.print(f"expected: {study.expectation}")
-    for line in estimates(study, [p for p in plans if p.run.name not in folded.folds]):
+    for line in estimates(study, training, {name: each.steps for name, each in begin.items()}):
         console.print(line)
     if lack:
         if lack.models:
             console.print("layers and parameters are those of the model's family, by configuration")
         raise UserError(f"missing: {'; '.join(lack.said)}")
-
-
-def _as(folded: "Folding", name: str) -> str:
-    """The run whose result this one takes."""
-    fold = folded.folds.get(name)
-    return "" if fold is None else f"{fold.source.name}, {fold.how}"
 
 
 def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: Path) -> None:

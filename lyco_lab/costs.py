@@ -4,15 +4,16 @@ A study's folder may hold costs.csv, with figures that are stated and not comput
 
     run       name of a variant: of all runs called so, or so and a hyphen and more
     hours     of training of one such run
+    steps     that it took in them
     memory_gb the largest of the device's memory that it took
     source    who says so, and on what
 
 Disk counts numbers in float32: an adapter one for each trained parameter, a checkpoint that one
-and the optimizer's two moments. Two checkpoints are kept, and go when they are not needed.
+and the optimizer's two moments. Of each run the last two are kept.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lyco_lab.dry_run import Plan
 from lyco_lab.errors import UserError
 
 TABLE = "costs.csv"
-COLUMNS = ("run", "hours", "memory_gb", "source")
+COLUMNS = ("run", "hours", "steps", "memory_gb", "source")
 FLOAT, MOMENTS, CHECKPOINTS = 4, 2, 2
 GIB = 2**30
 
@@ -31,6 +32,7 @@ class Stated:
     """Of one run."""
 
     hours: float
+    steps: float
     memory_gb: float
     source: str
 
@@ -46,7 +48,12 @@ def stated(folder: Path) -> dict[str, Stated]:
             raise UserError(f"{path} has columns {rows.fieldnames}, needs {', '.join(COLUMNS)}")
         try:
             return {
-                row["run"]: Stated(float(row["hours"]), float(row["memory_gb"]), row["source"])
+                row["run"]: Stated(
+                    hours=float(row["hours"]),
+                    steps=float(row["steps"]),
+                    memory_gb=float(row["memory_gb"]),
+                    source=row["source"],
+                )
                 for row in rows
             }
         except (TypeError, ValueError) as error:
@@ -59,10 +66,11 @@ def variant(name: str, known: Sequence[str]) -> str | None:
     return max(fitting, key=len, default=None)
 
 
-def estimates(study: Study, plans: Sequence[Plan]) -> list[str]:
-    """For people: of the runs that are to be trained."""
-    steps = sum(plan.run.train.steps for plan in plans)
-    samples = sum(plan.run.train.steps * plan.run.train.samples_per_step for plan in plans)
+def estimates(study: Study, plans: Sequence[Plan], begin: Mapping[str, int]) -> list[str]:
+    """For people: of the runs that are to be trained. `begin`: by name, the steps another did."""
+    own = {plan.run.name: plan.run.train.steps - begin.get(plan.run.name, 0) for plan in plans}
+    steps = sum(own.values())
+    samples = sum(own[plan.run.name] * plan.run.train.samples_per_step for plan in plans)
     said = [f"training: {steps:,} steps, {samples:,} samples seen"]
     asked = sum(len(plan.run.generate.types) * plan.run.generate.images_per_type for plan in plans)
     said.append(f"generating: at most {asked:,} images, and those of the base model")
@@ -75,14 +83,15 @@ def estimates(study: Study, plans: Sequence[Plan]) -> list[str]:
     table = stated(study.folder)
     if not table:
         return said
-    found = [variant(plan.run.name, list(table)) for plan in plans]
-    rows = [table[name] for name in found if name is not None]
+    found = [(plan, variant(plan.run.name, list(table))) for plan in plans]
+    rows = [(table[name], own[plan.run.name]) for plan, name in found if name is not None]
     without = len(plans) - len(rows)
     if rows:
-        sources = "; ".join(dict.fromkeys(row.source for row in rows))
+        sources = "; ".join(dict.fromkeys(row.source for row, _ in rows))
+        hours = sum(row.hours / row.steps * steps for row, steps in rows)
         said.append(
-            f"hours: {sum(row.hours for row in rows):,.0f} of training for {len(rows)} runs, with "
-            f"up to {max(row.memory_gb for row in rows):g} GB of memory, as stated ({sources})"
+            f"hours: {hours:,.0f} of training for {len(rows)} runs, with "
+            f"up to {max(row.memory_gb for row, _ in rows):g} GB of memory, as stated ({sources})"
             + (f"; nothing is stated for the other {without}" if without else "")
         )
     return said

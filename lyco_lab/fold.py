@@ -245,16 +245,16 @@ def _copy(source: Path, target: Path) -> None:
     if not source.exists():
         raise UserError(f"{source} is missing: delete {source.parent} to train that run again")
     if source.is_file():
-        _link(source, target)
+        link(source, target)
         return
     left_out = shutil.ignore_patterns("checkpoints", METRICS, ".part-*")
-    shutil.copytree(source, target, copy_function=_link, ignore=left_out)
+    shutil.copytree(source, target, copy_function=link, ignore=left_out)
     if (source / METRICS).is_file():
         (target / METRICS).write_text(_without_own_columns(source / METRICS))
 
 
-def _link(source: str | Path, target: str | Path) -> None:
-    """Files here are replaced and never changed in place, so two names of one are safe."""
+def link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file: files here are replaced and never changed in place."""
     try:
         os.link(source, target)
     except OSError:  # a disk without hard links

@@ -15,7 +15,7 @@ LIBRARY = ROOT / "lyco_lab"
 ORDER = (
     "errors", "kinds", "seeds", "linalg", "record", "progress", "workers", "adapters",
     "optimizers", "config", "formats", "diffusion", "miniature", "gamma", "fold", "data",
-    "tracking", "train", "verify", "generate", "evaluate", "analyse", "report", "dry_run",
+    "tracking", "train", "longer", "verify", "generate", "evaluate", "analyse", "report", "dry_run",
     "lacking", "costs", "engines", "doctor", "import_config", "cli", "__main__",
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them

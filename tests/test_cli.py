@@ -159,7 +159,7 @@ def test_dry_run_tells_which_runs_are_one_and_why(lyco_lab, study, stages):
     lines = [line for line in planned.splitlines() if line]
     assert any("3 runs, 2 classes: 1 needs no training of its own" in line for line in lines)
     rows = {line.split()[0]: line.rstrip() for line in lines}
-    assert rows["run"].endswith(" as") and rows["lora"].endswith("-")
+    assert rows["run"].endswith(" takes") and rows["lora"].endswith("-")
     said = " ".join(planned.split())
     assert "twice is lora with adapter.alpha 0.5 for 2, optimizer.eps 5e-09 for 1e-08, " in said
     assert "factors are s = 2 times as large, and W' is the same bit for bit" in said

@@ -5,7 +5,8 @@
 
 A stage that is done is skipped, so running a study again goes on where it stopped, and a study
 that shares a run with another finds it done. Of runs that are equivalent one is carried out, and
-the others get each stage's result as soon as it is there (lyco_lab/fold.py).
+the others get each stage's result as soon as it is there (lyco_lab/fold.py); of runs that differ
+in their number of steps each goes on from the one before it (lyco_lab/longer.py).
 
 With several workers each run has a process of its own, with its share of the processor's cores.
 A run's folder is locked while it is worked on, and workers die with the process that began them:
@@ -17,7 +18,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,8 +36,10 @@ from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import check_model, prepare
 from lyco_lab.errors import Interrupted
 from lyco_lab.evaluate.stage import evaluate
-from lyco_lab.fold import Fold, discard, folding, in_pairs, set_aside, share
+from lyco_lab.fold import TRAIN, Fold, discard, folding, in_pairs, set_aside, share
 from lyco_lab.generate import generate
+from lyco_lab.longer import begin as begin_from_shorter
+from lyco_lab.longer import lines
 from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
 from lyco_lab.train import train
@@ -100,7 +103,8 @@ def run_study(
 ) -> Outcome:
     """Whatever of the study is not done yet, below `root`; says each stage through `announce`.
 
-    Without `fold` every run trains, also where an equivalent one has the result.
+    Without `fold` every run trains from its first step, also where an equivalent one has the
+    result, or a shorter one the beginning.
     """
     records = {run.name: Record.open(root, run) for run in study.runs}
     for run in study.runs:
@@ -112,7 +116,8 @@ def run_study(
     done = sum(record.done(stage) for record in records.values() for stage in STAGES)
     if done:
         announce(f"{done} of {total} stages are done already")
-    jobs = [job for job in _jobs(study, records, folds) if job]
+    fresh = in_pairs(study) if fold else {run.name for run in study.runs}
+    jobs = [job for job in _jobs(study, records, folds, fresh) if job]
     workers = min(workers, max(1, len(jobs)))
     if workers > 1:
         _side_by_side(jobs, root, announce, workers, threads(study, workers))
@@ -132,6 +137,7 @@ class Step:
     run: Run
     stage: str
     fold: Fold | None = None
+    fresh: bool = False  # whether it trains from its first step in any case
 
     def take(self, root: Path) -> None:
         record = Record(root / self.run.folder_name)
@@ -139,23 +145,26 @@ class Step:
             share(self.fold, root, self.stage)
             return
         with locked(record.path):
+            if self.stage == TRAIN and not self.fresh:
+                begin_from_shorter(self.run, record)
             BY_NAME[self.stage](self.run, record)
 
 
-Job = list[Step]  # of a run and those that take its result, one after another
+Job = list[Step]  # of a run and those that need its result, one after another
 
 
-def _jobs(study: Study, records: Mapping[str, Record], folds: Mapping[str, Fold]) -> Iterator[Job]:
-    for run in study.runs:
-        if run.name in folds:
-            continue
-        takers = [fold for fold in folds.values() if fold.source is run]
+def _jobs(
+    study: Study, records: Mapping[str, Record], folds: Mapping[str, Fold], fresh: Collection[str]
+) -> Iterator[Job]:
+    for line in lines([run for run in study.runs if run.name not in folds], fresh):
         job = []
-        for stage in STAGES:
-            job.append(Step(run, stage))
-            # Every run has images of its own, by which it is seen that they are the same.
-            own = stage == STAGES[0]
-            job += [Step(fold.run, stage, None if own else fold) for fold in takers]
+        for run in line:
+            takers = [fold for fold in folds.values() if fold.source is run]
+            for stage in STAGES:
+                job.append(Step(run, stage, fresh=run.name in fresh))
+                # Every run has images of its own, by which it is seen that they are the same.
+                own = stage == STAGES[0]
+                job += [Step(fold.run, stage, None if own else fold) for fold in takers]
         yield [step for step in job if not records[step.run.name].done(step.stage)]
 
 

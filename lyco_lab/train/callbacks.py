@@ -27,7 +27,7 @@ from lyco_lab.tracking import Tracker
 from lyco_lab.train import guard
 from lyco_lab.train.checkpoint import Checkpoints, write
 from lyco_lab.train.divergence import Divergence
-from lyco_lab.train.journal import Journal
+from lyco_lab.train.journal import Journal, Row
 from lyco_lab.train.validation import Validation
 
 NORM_EVERY = 10  # steps; a norm needs every layer's W' - W, which costs about a tenth of a step
@@ -79,15 +79,20 @@ class Rows(lightning.Callback):
         if done % NORM_EVERY == 0 or done == self.steps:
             row["delta_norm"] = module.delta_norm()
         self.journal.write(row)
-        shown = {
-            "train/loss": row["loss"],
-            "train/grad_norm": row["grad_norm"],
-            "train/delta_norm": row.get("delta_norm"),
-            "lr/unet": row["lr"],
-            "lr/text_encoder": row["lr_text_encoder"],
-            "validation/loss": row.get("validation_loss"),
-        }
-        self.tracker.log(done, {key: value for key, value in shown.items() if value is not None})
+        self.tracker.log(done, shown(row))
+
+
+def shown(row: Row) -> dict[str, float]:
+    """A row of metrics.csv as W&B is told it."""
+    named = {
+        "train/loss": row["loss"],
+        "train/grad_norm": row["grad_norm"],
+        "train/delta_norm": row.get("delta_norm"),
+        "lr/unet": row["lr"],
+        "lr/text_encoder": row["lr_text_encoder"],
+        "validation/loss": row.get("validation_loss"),
+    }
+    return {key: value for key, value in named.items() if value is not None}
 
 
 @dataclass

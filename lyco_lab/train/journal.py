@@ -10,6 +10,7 @@ bit of them is lost.
 
 import csv
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -20,27 +21,23 @@ COLUMNS = (
 )  # fmt: skip
 
 
+Row = Mapping[str, float | None]  # a value may be missing, or None
+
+
 class Journal:
     """The file, open for appending; rows after `step`, which are to be computed again, are gone."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        kept = _rows_up_to(path, step)
-        if len(kept) != step:
-            raise ValueError(f"{path} has {len(kept)} whole rows up to step {step}")
-        with atomic(path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(COLUMNS)
-            writer.writerows(kept)
+        write(path, rows(path, step))
         with writing(path.parent):
             self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
 
-    def write(self, row: dict[str, float | None]) -> None:
+    def write(self, row: Row) -> None:
         """Visible at once: a killed process loses no row."""
-        values = (row.get(column) for column in COLUMNS)
         with writing(self.path.parent):
-            self._writer.writerow("" if value is None else repr(value) for value in values)
+            self._writer.writerow(_cells(row))
             self._file.flush()
 
     def sync(self) -> None:
@@ -60,6 +57,26 @@ class Journal:
         self._file.close()
 
 
+def rows(path: Path, step: int) -> list[dict[str, float | None]]:
+    """The rows of steps 1 to `step`, all of which have to be there."""
+    found = _rows_up_to(path, step)
+    if len(found) != step:
+        raise ValueError(f"{path} has {len(found)} whole rows up to step {step}")
+    return [
+        {key: float(cell) if cell else None for key, cell in zip(COLUMNS, row, strict=True)}
+        | {"step": int(row[0])}
+        for row in found
+    ]
+
+
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """The file with these rows, in place of what it was."""
+    with atomic(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows(map(_cells, rows))
+
+
 def column(path: Path, name: str, step: int) -> dict[int, float]:
     """{step: value} up to `step`, where there is one."""
     at = COLUMNS.index(name)
@@ -69,6 +86,11 @@ def column(path: Path, name: str, step: int) -> dict[int, float]:
 def rows_of(path: Path) -> int:
     """How many whole rows there are, counted from step 1 without a gap."""
     return len(_rows_up_to(path, None))
+
+
+def _cells(row: Row) -> list[str]:
+    values = (row.get(column) for column in COLUMNS)
+    return ["" if value is None else repr(value) for value in values]
 
 
 def _rows_up_to(path: Path, step: int | None) -> list[list[str]]:
