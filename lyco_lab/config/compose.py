@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lyco_lab import adapters, optimizers
+from lyco_lab.config.asked import Asked
 from lyco_lab.config.groups import Group
 from lyco_lab.config.run import DEFAULT_ADAPTER, DEFAULT_OPTIMIZER, Run
 from lyco_lab.errors import UserError, nearest
@@ -39,6 +40,8 @@ KEYS = (
     *(f"{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields(cls)),
     *(f"{name}.{key}" for name, keys in FAMILY_KEYS.items() for key in sorted(keys)),
 )
+# Settings that are lists of mappings.
+ENTRIES: dict[Any, type] = {tuple[Group, ...]: Group, tuple[Asked, ...]: Asked}
 INNER_KEYS = tuple(  # of the things that things hold
     f"{name}.{spec.name}.{key}"
     for name, family in FAMILIES.items()
@@ -114,14 +117,26 @@ def _join(one: Any, other: Any, path: str, origin: str) -> Nested:
     return joined
 
 
-def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
-    """The run that results from `layers`, the last one winning."""
+def build(
+    name: str,
+    study: str,
+    layers: Iterable[Layer],
+    memory: dict[tuple[str, str], Nested] | None = None,
+) -> Run:
+    """The run that results from `layers`, the last one winning.
+
+    `memory`: of the runs of a study, which have most of their layers in common; what was checked
+    for one is not checked again.
+    """
+    memory = {} if memory is None else memory
     merged: Nested = {}
     typed: Nested = {}
     # Settings of an adapter or optimizer that were given without its kind, and where.
     loose: dict[str, dict[str, str]] = {name: {} for name in FAMILIES}
     for layer in layers:
         values = nest(layer.values, layer.origin)
+        if not values:
+            continue
         check_keys(values, layer.origin)
         for family, given in loose.items():
             section = values.get(family, {})
@@ -134,7 +149,10 @@ def build(name: str, study: str, layers: Iterable[Layer]) -> Run:
                     f"to {section['kind']!r}: give it together with its kind"
                 )
         merged = _merge(merged, values)
-        typed = _typed(merged, layer.origin)
+        known = (repr(merged), layer.origin)
+        if known not in memory:
+            memory[known] = _typed(merged, layer.origin)
+        typed = dict(memory[known])
     sections = {key: cls(**typed.pop(key, {})) for key, cls in SECTIONS.items()}
     return Run(name=name, study=study, **sections, **typed)
 
@@ -226,8 +244,8 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
     hints = typing.get_type_hints(cls)
     typed: Nested = {}
     for key, value in values.items():
-        if hints[key] == tuple[Group, ...]:
-            typed[key] = _groups(f"{prefix}{key}", value, origin)
+        if (entry := ENTRIES.get(hints[key])) is not None:
+            typed[key] = _entries(f"{prefix}{key}", value, entry, origin)
             continue
         allowed = _alternatives(hints[key])
         wrong = UserError(f"{prefix}{key} is {value!r} in {origin}, needs {_words(allowed)}")
@@ -248,20 +266,25 @@ def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
     return typed
 
 
-def _groups(where: str, value: Any, origin: str) -> tuple[Group, ...]:
+def _entries(where: str, value: Any, cls: type, origin: str) -> tuple[Any, ...]:
+    """A list of mappings as values of `cls`."""
+    noun = "group" if cls is Group else "entry"
     if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
-        raise UserError(f"{where} is {value!r} in {origin}, needs a list of groups, each with keys")
-    known, groups = [spec.name for spec in fields(Group)], []
+        nouns = {"group": "groups", "entry": "entries"}[noun]
+        raise UserError(
+            f"{where} is {value!r} in {origin}, needs a list of {nouns}, each with keys"
+        )
+    known, found = [spec.name for spec in fields(cls)], []
     for number, entry in enumerate(value, start=1):
         for key in entry:
             if key not in known:
                 takes = f"it takes {', '.join(known)}"
                 raise UserError(
-                    f"group {number} of {where} in {origin} has no {key!r}; {takes}"
+                    f"{noun} {number} of {where} in {origin} has no {key!r}; {takes}"
                     f"{nearest(str(key), known)}"
                 )
-        groups.append(Group(**_section(f"{where}[{number}].", entry, Group, origin)))
-    return tuple(groups)
+        found.append(cls(**_section(f"{where}[{number}].", entry, cls, origin)))
+    return tuple(found)
 
 
 @functools.cache

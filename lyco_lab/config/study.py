@@ -81,8 +81,9 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
         common.insert(0, Layer(str(base), read_yaml(base)))
     runs: dict[str, Run] = {}
     settings: dict[str, Nested] = {}
+    memory: dict[tuple[str, str], Nested] = {}
     for variant in _variants(read, path):
-        for run in _runs(name, variant, common, given):
+        for run in _runs(name, variant, common, given, memory):
             if run.name in runs:
                 raise UserError(f"two runs of {path} are called {run.name!r}: name them apart")
             runs[run.name] = run
@@ -112,7 +113,11 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
 
 
 def _runs(
-    study: str, variant: _Variant, common: list[Layer], given: dict[str, Any]
+    study: str,
+    variant: _Variant,
+    common: list[Layer],
+    given: dict[str, Any],
+    memory: dict[tuple[str, str], Nested],
 ) -> Iterator[Run]:
     grid = {key: [given[key]] if key in given else vs for key, vs in variant.grid.items()}
     for values in itertools.product(*grid.values()):
@@ -126,7 +131,7 @@ def _runs(
             Layer(COMMAND_LINE, given),
         ]
         try:
-            yield build(name.strip("-"), study, layers)
+            yield build(name.strip("-"), study, layers, memory)
         except UserError as error:
             raise UserError(f"{error} (run {name.strip('-')!r})") from error
 
