@@ -117,7 +117,8 @@ def test_the_papers_recipe(file, tmp_path):
     assert (data.caption_extension, data.flip, data.shuffle_tags) == (".txt", False, False)
     assert (model.path, model.preset) == ("/models/v1-5-pruned.ckpt", "attn-mlp")
     assert (model.precision, model.text_encoder, model.clip_skip) == ("bf16", True, 1)
-    assert set(made.left) == {"max_token_length", "save_every_n_epochs"}
+    assert model.max_token_length == 150
+    assert set(made.left) == {"save_every_n_epochs"}
 
 
 def test_every_key_of_the_paper_is_accounted_for(file, tmp_path):
@@ -128,7 +129,7 @@ def test_every_key_of_the_paper_is_accounted_for(file, tmp_path):
     import_config(file(PAPER), tmp_path / "s", 695)
     text = (tmp_path / "s" / "study.yaml").read_text()
     assert "lr: 0.0005 # unet_lr" in text
-    assert "#   max_token_length = 150: a caption" in text
+    assert "max_token_length: 150" in text
 
 
 def test_without_images_epochs_are_not_guessed(file, tmp_path):
@@ -253,6 +254,17 @@ def test_noise_prior_images_and_the_rest(file, tmp_path):
     assert run.model.clip_skip == 2
 
 
+@pytest.mark.parametrize("tokens", [None, 75, 150, 225])
+def test_captions_may_be_of_several_windows(file, tmp_path, tokens):
+    asked = {} if tokens is None else {"max_token_length": tokens}
+    assert run_of(file, tmp_path, **asked).model.max_token_length == tokens
+
+
+def test_captions_of_a_part_of_a_window_are_refused(tmp_path):
+    with pytest.raises(UserError, match="max_token_length is 100, needs 75, 150 or 225"):
+        keys_of(tmp_path, max_token_length=100)
+
+
 @given(key=st.sampled_from(READ), place=st.integers(0, 20), letter=st.sampled_from("xqz"))
 def test_an_unknown_key_names_the_nearest(tmp_path_factory, key, place, letter):
     place = min(place, len(key))
@@ -332,7 +344,7 @@ def test_the_command(file, tmp_path, monkeypatch):
     done = CliRunner().invoke(cli.app, ["import-config", str(file(PAPER)), "--epoch-steps", "695"])
     assert done.exit_code == 0
     assert "lyco-lab run exp-a --dry-run" in done.output
-    assert "max_token_length: " in done.output
+    assert "save_every_n_epochs: " in done.output
     assert load_study(tmp_path / "exp-a").runs[0].train.steps == 34750
     again = CliRunner().invoke(cli.app, ["import-config", str(file(PAPER))])
     assert again.exit_code == 2

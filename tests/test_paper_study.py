@@ -108,6 +108,7 @@ def test_the_recipe(study):
         assert (run.model.weights, run.model.precision, run.model.clip_skip) == (
             "non-ema", "bf16", 1
         )  # fmt: skip
+        assert run.model.max_token_length == 150
 
 
 def test_lokr_is_of_full_blocks_that_alpha_does_not_scale(first_seeds):

@@ -40,6 +40,7 @@ class Model:
     clip_skip: int = 1
     preset: str = "attn-mlp"
     text_encoder: bool = False
+    max_token_length: int | None = None
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -58,6 +59,8 @@ class Model:
         choose("model.preset", self.preset, LAYER_PRESETS)
         choose("model.precision", self.precision, PRECISIONS)
 
+        if self.max_token_length is not None:
+            at_least("model.max_token_length", self.max_token_length, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:

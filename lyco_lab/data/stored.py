@@ -331,7 +331,7 @@ class Stored:
     def _count_cut(self) -> int:
         """Captions longer than the text encoders read; counted once for all runs beside."""
         prints = [fingerprint.tokenizer(t).hex() for t in self.diffusion.tokenizers.values()]
-        name = key(self.captions, self.caption_N.tolist(), prints)
+        name = key(self.captions, self.caption_N.tolist(), prints, self.diffusion.chunks)
         file = self.folder / "text" / f"cut-{name.hex()}.json"
         try:
             return int(json.loads(file.read_text()))

@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -25,10 +25,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from lyco_lab.diffusion import long_text
 from lyco_lab.diffusion.objective import Objective
 from lyco_lab.diffusion.source import Source
 
 Rows = Mapping[str, Tensor]  # by name, tensors with a row for each sample
+PROMPTS = {"hidden": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # as pipelines call them
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ class Diffusion(abc.ABC):
     words: ClassVar[Mapping[str, Words]]  # tokenizers -> their kinds
     optional: ClassVar[tuple[str, ...]] = ()  # the parts that a model may lack
     skips_layers: ClassVar[bool] = False  # whether a model may be used with its clip skipped
+    joins_chunks: ClassVar[bool] = False  # whether texts may be longer than a window
     metadata: ClassVar[Mapping[str, str]]  # what an adapter's file says of the family
 
     vae: Any
     schedule: Mapping[str, Any]  # of noise, as a diffusers scheduler is configured
     objective: Objective
     dtype: torch.dtype  # of all parts but the VAE
+    chunks: int = field(default=1, kw_only=True)  # of a text, each read by itself
 
     @classmethod
     @abc.abstractmethod
@@ -139,7 +143,11 @@ class Diffusion(abc.ABC):
         """What an adapter's file says of the model it was trained on."""
         velocity = self.objective.name == "v_prediction"
         predicts = {"modelspec.prediction_type": "v" if velocity else self.objective.name}
-        return {**self.metadata, **predicts, "ss_v_parameterization": str(velocity)}
+        described = {**self.metadata, **predicts, "ss_v_parameterization": str(velocity)}
+        if self.chunks > 1:
+            (tokenizer, *_) = self.tokenizers.values()
+            described["ss_max_token_length"] = str(long_text.longest(tokenizer, self.chunks) - 2)
+        return described
 
     @property
     def image_size(self) -> int:
@@ -170,15 +178,9 @@ class Diffusion(abc.ABC):
         return Latents(scaling * mean_NCHW, scaling * torch.cat(stds))
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Token numbers (N, L), padded or cut to the text encoders' lengths."""
+        """Token numbers (N, K L) of K chunks, padded or cut to the text encoders' lengths."""
         return {
-            name: tokenizer(
-                list(texts),
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
+            name: long_text.tokens(tokenizer, texts, self.chunks)
             for name, tokenizer in self.tokenizers.items()
         }
 
@@ -186,7 +188,7 @@ class Diffusion(abc.ABC):
         """Whether `tokenize` would cut the end off."""
         return any(
             len(tokenizer(text, truncation=False, verbose=False).input_ids)
-            > tokenizer.model_max_length
+            > long_text.longest(tokenizer, self.chunks)
             for tokenizer in self.tokenizers.values()
         )
 
@@ -217,8 +219,12 @@ class Diffusion(abc.ABC):
         `size`: height and width in pixels; None: as the model was trained.
         """
         height, width = size or (self.image_size, self.image_size)
+        told: dict[str, Tensor] = {}
+        for kind, texts in (("", prompts), ("negative_", [""] * len(prompts))):
+            said = self.encode_text(texts)
+            told |= {f"{kind}{PROMPTS[name]}": rows for name, rows in said.items()}
         latents_NCHW = self.pipeline()(
-            list(prompts),
+            **told,
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],

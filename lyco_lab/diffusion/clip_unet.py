@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lyco_lab.diffusion import long_text
 from lyco_lab.diffusion.base import Diffusion, Rows, Sizes, Words, quiet
 from lyco_lab.diffusion.source import Source
 
@@ -17,6 +18,7 @@ class ClipUNet(Diffusion):
     }
     words: ClassVar = {"tokenizer": Words()}
     skips_layers: ClassVar = True
+    joins_chunks: ClassVar = True
 
     tokenizer: Any
     text_encoder: Any
@@ -32,7 +34,9 @@ class ClipUNet(Diffusion):
         return source.config("text_encoder").get("hidden_act") == "gelu"
 
     def read(self, ids: Rows) -> dict[str, Tensor]:
-        return {"hidden": self.text_encoder(ids["ids"].to(self.text_encoder.device))[0]}
+        each = long_text.apart(ids["ids"], self.chunks)
+        said = self.text_encoder(each.to(self.text_encoder.device))[0]
+        return {"hidden": long_text.joined(said, self.chunks)}
 
     def told(self, text: Rows, sizes: Sizes) -> dict[str, Tensor]:
         return {"hidden": text["hidden"]}

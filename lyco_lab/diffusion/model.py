@@ -19,8 +19,11 @@ from lyco_lab.errors import UserError
 __all__ = ["Diffusion", "Latents", "Sizes", "fingerprint", "load", "network", "objective", "opened"]
 
 MEGABYTE = 2**20
+CLIP_WINDOW = 77  # where a configuration does not say it
 # Settings that change what a model does.
-CHOICES = ("weights", "prediction", "zero_terminal_snr", "tokenizer", "clip_skip")
+CHOICES = (
+    "weights", "prediction", "zero_terminal_snr", "tokenizer", "clip_skip", "max_token_length",
+)  # fmt: skip
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}  # as diffusers has it
 
 Named = Model | str | Path  # a path alone means the defaults of all settings
@@ -35,6 +38,7 @@ def opened(model: Named) -> tuple[Source, type[Diffusion]]:
             f"model.clip_skip is {skip}, but {source.name} is of the family "
             f"{family.__name__.lower()!r}, whose text encoders' layers are chosen already: needs 1"
         )
+    chunks(source, family)
     return source, family
 
 
@@ -59,6 +63,7 @@ def load(model: Named, dtype: torch.dtype = torch.float32) -> Diffusion:
     source, family = opened(model)
     parts, (schedule, predicted) = given(source, family), scheduled(source)
     made: dict[str, Any] = {"schedule": schedule, "objective": predicted, "dtype": dtype}
+    made["chunks"] = chunks(source, family)
     with quiet():
         for part in parts:
             if part in family.networks:
@@ -100,6 +105,26 @@ def scheduled(source: Source) -> tuple[dict[str, Any], Objective]:
             "there is noise alone, only a velocity says anything of the image"
         )
     return schedule, found
+
+
+def chunks(source: Source, family: type[Diffusion]) -> int:
+    """Into how many chunks texts are cut (long_text.py); reads no weights."""
+    asked = source.model.max_token_length
+    if asked is None:
+        return 1
+    if not family.joins_chunks:
+        raise UserError(
+            f"model.max_token_length is {asked}, but {source.name} is of the family "
+            f"{family.__name__.lower()!r}, whose texts have a length of their own: needs null"
+        )
+    tokens: int = source.config("text_encoder").get("max_position_embeddings", CLIP_WINDOW) - 2
+    if asked % tokens:
+        raise UserError(
+            f"model.max_token_length is {asked}, but the text encoder of {source.name} reads "
+            f"{tokens} tokens at once, beside begin and end: needs null, {tokens}, {2 * tokens}, "
+            f"{3 * tokens} or another multiple"
+        )
+    return asked // tokens
 
 
 def network(source: Source, family: type[Diffusion], part: str, dtype: torch.dtype | None) -> Any:
@@ -148,6 +173,14 @@ def check(source: Source, diffusion: Diffusion) -> None:
             raise UserError(
                 f"the {name} of {source.name} knows {known} tokens, its text encoder {embedded}: "
                 "they do not belong together, or the tokenizer's files are missing"
+            )
+    read = (source.model.max_token_length or 0) // diffusion.chunks + 2
+    for name, tokenizer in diffusion.tokenizers.items():
+        if diffusion.chunks > 1 and tokenizer.model_max_length != read:
+            raise UserError(
+                f"model.max_token_length is {source.model.max_token_length}, which is "
+                f"{diffusion.chunks} times {read - 2}, but the {name.replace('ids', 'tokenizer')} "
+                f"of {source.name} is made for {tokenizer.model_max_length} tokens: needs null"
             )
     if getattr(diffusion.vae.config, "latents_mean", None) is not None:
         raise UserError(f"the latents of {source.name} are normalised by channel: not supported")

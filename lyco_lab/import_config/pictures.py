@@ -13,6 +13,7 @@ OF_DATASETS = (
     "caption_separator", "caption_tag_dropout_rate", "caption_prefix", "caption_suffix", "flip_aug",
     "alpha_mask", "masked_loss", "random_crop", "dataset_repeats",
 )  # fmt: skip
+TOKENS = (75, 150, 225)  # one, two or three of CLIP's windows
 PRECISIONS = {"no": "fp32", "bf16": "bf16", "fp16": "bf16"}
 
 
@@ -37,13 +38,11 @@ def model(keys: Keys) -> None:
     keys.set("model.precision", PRECISIONS[precision], "mixed_precision")
     if precision == "fp16":
         keys.leave("mixed_precision", "fp16 overflows where bf16 does not: bf16 was taken")
-    tokens = keys.whole("max_token_length", 75)
-    if tokens != 75:
-        keys.leave(
-            "max_token_length",
-            "a caption is read up to the text encoder's own length, 77 tokens of CLIP with its "
-            "two marks; what is behind is cut off",
-        )
+    tokens = keys.whole("max_token_length")
+    if tokens is not None:
+        if tokens not in TOKENS:
+            raise UserError(f"{keys.path}: max_token_length is {tokens}, needs 75, 150 or 225")
+        keys.set("model.max_token_length", tokens, "max_token_length")
 
 
 def data(keys: Keys) -> None:

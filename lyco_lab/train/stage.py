@@ -92,6 +92,7 @@ def train(run: Run, record: Record) -> None:
         shown = material(run, images, diffusion)
         if first < run.train.steps:
             if shown.cut_captions:
+                more = "; model.max_token_length can be larger" if diffusion.joins_chunks else ""
                 print(
                     f"{shown.cut_captions} of {len(images.items)} captions are longer than the "
                     "text encoder reads, and are cut"

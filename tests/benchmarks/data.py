@@ -108,6 +108,7 @@ class Model:
             text = CLIPTextModel(CLIPTextConfig(hidden_size=64, num_hidden_layers=1))
         self.parts = {"unet": None, "text_encoder": text}
         self.tokenizers = {"ids": Tokenizer()}
+        self.chunks = 1
         self.rng = torch.Generator().manual_seed(0)
         self.width = width
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lyco_lab.diffusion import long_text
 from lyco_lab.diffusion.base import Diffusion, Rows, Sizes, Words, quiet
 from lyco_lab.diffusion.source import Source
 
@@ -29,6 +30,7 @@ class SDXL(Diffusion):
         "text_encoder_2": "transformers.CLIPTextModelWithProjection",
     }
     words: ClassVar = {"tokenizer": Words(), "tokenizer_2": Words(pad="!")}
+    joins_chunks: ClassVar = True
     metadata: ClassVar = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
@@ -50,14 +52,16 @@ class SDXL(Diffusion):
         return {"empty_is_zero": source.index().get("force_zeros_for_empty_prompt", True)}
 
     def read(self, ids: Rows) -> dict[str, Tensor]:
-        first = self.text_encoder(
-            ids["ids"].to(self.text_encoder.device), output_hidden_states=True
-        )
-        second = self.text_encoder_2(
-            ids["ids_2"].to(self.text_encoder_2.device), output_hidden_states=True
+        first, second = (
+            encoder(
+                long_text.apart(ids[name], self.chunks).to(encoder.device),
+                output_hidden_states=True,
+            )
+            for name, encoder in (("ids", self.text_encoder), ("ids_2", self.text_encoder_2))
         )
         hidden_NLD = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
-        pooled_ND = second.text_embeds
+        hidden_NLD = long_text.joined(hidden_NLD, self.chunks)
+        pooled_ND = second.text_embeds[:: self.chunks]  # of each text's first chunk
         if self.empty_is_zero:
             # The token after the start is the end, where there is nothing between them.
             empty_N = (ids["ids"][:, 1] == self.tokenizer.eos_token_id).to(pooled_ND.device)
