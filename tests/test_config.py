@@ -221,7 +221,7 @@ def test_the_presets_are_those_that_exist():
 
 
 @pytest.mark.parametrize(
-    "path", sorted(EXPERIMENTS.glob("*/study.yaml")), ids=lambda p: p.parent.name
+    "path", sorted(EXPERIMENTS.rglob("study.yaml")), ids=lambda p: p.parent.name
 )
 def test_every_study_loads(path):
     loaded = load_study(path.parent)
