@@ -95,7 +95,7 @@ def train(run: Run, record: Record) -> None:
                 more = "; model.max_token_length can be larger" if diffusion.joins_chunks else ""
                 print(
                     f"{shown.cut_captions} of {len(images.items)} captions are longer than the "
-                    "text encoder reads, and are cut"
+                    f"text encoder reads, and are cut{more}"
                 )
             between = [
                 *validating(run, record, diffusion, shown),
