@@ -158,7 +158,8 @@ def _checkpoints(keys: Keys, epoch_steps: float | None) -> None:
             keys.leave(
                 key,
                 ("set, but " if every else "")
-                + "the last two checkpoints are kept, to go on from; no file of each",
+                + "the last two checkpoints are kept, to go on from; for a file of each ask for "
+                "grid: {train.steps: [...]}, which at a constant rate is one training",
             )
     share, often = keys.number("validation_split"), keys.whole("validate_every_n_steps")
     if share and often:
