@@ -68,13 +68,14 @@ def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
     images, samples = (0, 0) if unknown else _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
     suits(run.train, objective(placed(run.model)))
-    counts, narrowed = {}, 0
+    counts, narrowed, adapter = {}, 0, run.adapter_value()
     for part in parts(placed(run.model), run.model.text_encoder):
         network = skeleton(placed(run.model), part)
-        names, adapter = targets.match(network, run.model.preset, part), run.adapter_value()
-        narrow = targets.fitting(network, adapter, names)
-        counts[part] = survey(network, adapter, names, options=run.options, overrides=narrow)
-        narrowed += len(narrow)
+        chosen = targets.chosen(network, part, run.model, adapter)
+        counts[part] = survey(
+            network, adapter, chosen.names, options=run.options, overrides=chosen.overrides
+        )
+        narrowed += len(chosen.narrowed)
     return Plan(
         run=run,
         layers={part: len(layers) for part, layers in counts.items()},

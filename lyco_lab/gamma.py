@@ -78,6 +78,7 @@ class Layer:
 
     name: str  # part.layer
     adapter: Adapter
+    beside: bool  # a norm layer beside the run's adapter, with a gamma of its own that stays
     gamma: float | None
     terms: Terms
     zero: tuple[str, ...]  # the factors that start at 0
@@ -99,9 +100,8 @@ def _layers(model: Model, adapter: Adapter, options: Options) -> tuple[Layer, ..
     found = []
     for part in parts(placed(model), model.text_encoder):
         network = skeleton(placed(model), part)
-        names = targets.match(network, model.preset, part)
-        fitting = targets.fitting(network, adapter, names)
-        for target in resolve(network, adapter, names, options, fitting):
+        chosen = targets.chosen(network, part, model, adapter)
+        for target in resolve(network, adapter, chosen.names, options, chosen.overrides):
             own, shape = target.adapter, target.shape
             terms = options.terms(own, shape)
             within = {factor for term in terms for factor in term}
@@ -114,6 +114,7 @@ def _layers(model: Model, adapter: Adapter, options: Options) -> tuple[Layer, ..
                 Layer(
                     name=f"{part}.{target.name}",
                     adapter=own,
+                    beside=target.name in chosen.norms,
                     gamma=own.gamma(shape),
                     terms=terms,
                     zero=options.zero(own),
@@ -125,7 +126,7 @@ def _layers(model: Model, adapter: Adapter, options: Options) -> tuple[Layer, ..
 
 
 def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
-    """The run with this gamma on every layer that trains the same W' as `run`.
+    """The run with this gamma on every layer of its adapter that trains the same W' as `run`.
 
     `carry` says which factors take the difference: "all" of a layer alike, as in the paper, or
     "zero", those that start at 0, so that the start stays as it is.
@@ -146,11 +147,11 @@ def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
 
 
 def scales_to(run: Run, gamma: float, *, carry: str = "all") -> Scales:
-    """The s_i that leave this gamma on every layer of a run whose gamma can be moved."""
+    """The s_i that leave this gamma on the adapter's layers, in a run whose gamma can be moved."""
     scales: Scales = {}
     for layer in layers(run):
         assert layer.gamma is not None
-        ratio = layer.gamma / gamma
+        ratio = 1.0 if layer.beside else layer.gamma / gamma
         for term in layer.terms:
             carriers = [name for name in term if carry == "all" or name in layer.zero]
             if not carriers:
@@ -269,6 +270,13 @@ def _groups(run: Run, values: Mapping[Place, Group], base: Group) -> tuple[Group
     groups = []
     for key, where in members.items():
         if json.loads(key) == _rounded(asdict(PLAIN)):
+            continue
+        every = tuple(dict.fromkeys(name for factors in where.values() for name in factors))
+        places = [
+            (name, f) for name, layer in by_layer.items() for f in layer.factors if f in every
+        ]
+        if all(factor in where.get(name, ()) for name, factor in places):  # names say which
+            groups.append(replace(relative[key], factors=every))
             continue
         together: dict[tuple[str, ...], list[str]] = {}
         for name, factors in where.items():

@@ -121,10 +121,13 @@ class LoKr(Ranked):
         return self.is_full(shape) and self.left_is_full(shape)
 
     def fitted(self, shape: Shape) -> OfRank:
-        """Where a smaller rank would factor a block that is full, this one: it has fewer entries.
+        """Where blocks are full, or a smaller rank would factor one that is, this one.
 
-        So it is on a layer of few outputs, whose right block is as wide as the layer and 2 high.
+        Full blocks have no rank to cut down. On a layer of few outputs, whose right block is as
+        wide as the layer and 2 high, they have fewer entries than factored ones.
         """
+        if self.is_unfactored(shape):
+            return self
         smaller: Any = super().fitted(shape)
         mine = self.is_full(shape), self.left_is_full(shape)
         same: bool = mine == (smaller.is_full(shape), smaller.left_is_full(shape))

@@ -11,6 +11,7 @@ from typing import Any
 
 from lyco_lab import adapters, optimizers, record
 from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.options import Options
 from lyco_lab.config.checks import at_least, choose, need
 from lyco_lab.config.data import Data
@@ -39,6 +40,7 @@ class Model:
     tokenizer: str | None = None
     clip_skip: int = 1
     preset: str = "attn-mlp"
+    train_norm: bool = False
     text_encoder: bool = False
     max_token_length: int | None = None
     precision: str = "fp32"
@@ -125,6 +127,11 @@ class Run:
             needed = "letters, digits, '-', '_' and '.', as it names a folder"
             need(plain.isascii() and plain.isalnum(), key, getattr(self, key), needed)
         at_least("seed", self.seed, 0)
+        if self.model.train_norm:
+            try:
+                self.options.check(Norm(), (1,), "norm layer")
+            except UserError as error:
+                raise UserError(f"model.train_norm is true, and options.{error}") from None
         if self.train.text_encoder_lr is not None and not self.model.text_encoder:
             raise UserError(
                 f"train.text_encoder_lr is {self.train.text_encoder_lr!r}, but model.text_encoder "

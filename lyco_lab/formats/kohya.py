@@ -376,6 +376,8 @@ def _standard(parts: Mapping[str, Mounted]) -> dict[str, str]:
         arguments |= {"dora_wd": True, "wd_on_output": describe(outer).get("axis", "out") == "out"}
     if options != Options():
         fields |= dataclasses.asdict(options)
+    if any(mounted.adapter_of(name).takes != adapter.takes for name in mounted.layers):
+        arguments["train_norm"] = True
     return {
         "ss_v2": "False",
         "ss_base_model_version": "sd_v1",

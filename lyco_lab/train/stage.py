@@ -191,14 +191,14 @@ def mount(run: Run, diffusion: Diffusion) -> dict[str, Mounted]:
     parts = diffusion.trained(run.model.text_encoder)
     adapter, mounted = run.adapter_value(), {}
     for part, model in parts.items():
-        names = targets.match(model, run.model.preset, part)
+        chosen = targets.chosen(model, part, run.model, adapter)
         mounted[part] = attach(
             model,
             adapter,
-            names,
+            chosen.names,
             seed=run.seed,
             options=run.options,
-            overrides=targets.fitting(model, adapter, names),
+            overrides=chosen.overrides,
             init_scale=partial(_init_scale, run, part),
         )
     return mounted

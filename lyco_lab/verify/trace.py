@@ -137,7 +137,8 @@ class Bench:
         self.held: tuple[Model, Diffusion, Cache | Stored] | None = None
 
     def of(self, run: Run) -> tuple[Diffusion, Cache | Stored]:
-        key = replace(run.model, preset="full")  # which layers are adapted is another matter
+        # Which layers are adapted is another matter.
+        key = replace(run.model, preset="full", train_norm=False)
         if self.held is None or self.held[0] != key:
             self.held = None  # two full models may not fit
             diffusion = stage.frozen(run)

@@ -26,8 +26,8 @@ from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import survey
 from lyco_lab.adapters.native import Native
 from lyco_lab.adapters.norm import Norm
-from lyco_lab.adapters.options import Override
-from lyco_lab.diffusion.targets import fitting, match
+from lyco_lab.config import Model
+from lyco_lab.diffusion.targets import Chosen, chosen, match
 from lyco_lab.formats import kohya
 
 CONFIGS = Path(lyco_lab.diffusion.__file__).parent / "configs" / "sd15"
@@ -72,11 +72,11 @@ def text_encoder(preset: str) -> list[Shape]:
     return shapes
 
 
-# A scale and an offset per channel: two norms in a residual block, four in a transformer, one at
-# the UNet's end; two in each of CLIP's layers and one at its end.
-NORMS = 2 * (
-    sum(i + o for i, o in RESNETS) + 4 * sum(TRANSFORMERS) + 320 + (2 * CLIP_LAYERS + 1) * TEXT
-)
+# A scale and an offset per channel of the norms in blocks: two in a residual block, of what goes in
+# and of what comes out, and four in a transformer. In no block are the one at the UNet's end, the
+# two in each of CLIP's layers and the one at its end.
+NORMS = 2 * (sum(i + o for i, o in RESNETS) + 4 * sum(TRANSFORMERS))
+OUTSIDE = 2 * (320 + (2 * CLIP_LAYERS + 1) * TEXT)
 
 
 def block(size: int, factor: int) -> int:
@@ -110,22 +110,16 @@ def models() -> dict[str, nn.Module]:
         }
 
 
-def norms(model: nn.Module) -> dict[str, Override]:
-    named = model.named_modules()
-    kinds = (nn.GroupNorm, nn.LayerNorm)
-    return {n: Override(adapter=Norm()) for n, module in named if isinstance(module, kinds)}
+def asked(model, part: str, preset: str, adapter, *, train_norm: bool) -> Chosen:
+    return chosen(model, part, Model(preset=preset, train_norm=train_norm), adapter)
 
 
 def surveyed(models, preset: str, adapter, *, train_norm: bool = False) -> list[tuple[str, int]]:
     """What the library says it would train: layers by their names in a file, and parameters."""
     found = []
     for part, model in models.items():
-        names = match(model, preset, part)
-        overrides = fitting(model, adapter, names)
-        if train_norm:
-            overrides |= norms(model)
-            names += norms(model)
-        counts = survey(model, adapter, names, overrides=overrides)
+        run = asked(model, part, preset, adapter, train_norm=train_norm)
+        counts = survey(model, adapter, run.names, overrides=run.overrides)
         found += [(kohya.file_layer(part, name), count) for name, count in counts.items()]
     return found
 
@@ -199,7 +193,13 @@ def test_full_and_norms(models, adapter, total):
     without = sum(count for _, count in surveyed(models, "full", adapter))
     together = sum(count for _, count in surveyed(models, "full", adapter, train_norm=True))
     assert without == expected
-    assert together - without == NORMS == 238_720
+    assert together - without == NORMS == 199_680
+
+
+def test_every_norm_is_in_a_block_or_not(models):
+    kinds = (nn.GroupNorm, nn.LayerNorm)
+    every = [m for model in models.values() for m in model.modules() if isinstance(m, kinds)]
+    assert sum(p.numel() for norm in every for p in norm.parameters()) == NORMS + OUTSIDE
 
 
 # The paper's table 5, as printed.
@@ -238,10 +238,9 @@ def file_size(models, preset: str, adapter) -> int:
     """Bytes of a file in half precision without metadata: the numbers, and what names them."""
     header, data = {}, 0
     for part, model in models.items():
-        names = match(model, preset, part)
-        chosen = dict.fromkeys(names, adapter)
-        chosen |= dict.fromkeys(norms(model), Norm()) if preset == "full" else {}
-        for name, value in chosen.items():
+        run = asked(model, part, preset, adapter, train_norm=preset == "full")
+        for name in run.names:
+            value = Norm() if name in run.norms else adapter
             tensors = kohya.layout(value, model.get_submodule(name))
             if not isinstance(value, Native | Norm):
                 tensors = {**tensors, "alpha": ()}

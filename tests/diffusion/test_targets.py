@@ -4,10 +4,16 @@ import pytest
 from torch import nn
 
 from lyco_lab.adapters.dora import DoRA
+from lyco_lab.adapters.geometry import NORMS
 from lyco_lab.adapters.loha import LoHa
+from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach
-from lyco_lab.diffusion.targets import PRESETS, fitting, match
+from lyco_lab.adapters.native import Native
+from lyco_lab.adapters.norm import Norm
+from lyco_lab.config import Model
+from lyco_lab.diffusion.targets import PRESETS, chosen, match
+from lyco_lab.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +111,73 @@ def test_refuses_what_matches_nothing(models, preset, part, words):
         match(models["unet"], preset, part)
 
 
+class ResnetBlock2D(nn.ModuleDict):
+    """By its name a block of preset full."""
+
+
+def block(**layers):
+    return nn.ModuleDict({"block": ResnetBlock2D(layers)})
+
+
+FULL = Model(preset="full", train_norm=True)
+
+
 @pytest.mark.parametrize("adapter", [LoRA(rank=8, alpha=2.0), DoRA(of=LoHa(rank=6))], ids=str)
 def test_a_rank_is_cut_down_to_what_a_narrow_layer_allows(adapter):
-    model = nn.ModuleDict({"wide": nn.Linear(16, 16), "conv_out": nn.Conv2d(16, 4, 3)})
-    (name, override), *others = fitting(model, adapter, ["wide", "conv_out"]).items()
-    assert (name, others) == ("conv_out", [])
+    model = block(wide=nn.Linear(16, 16), narrow=nn.Conv2d(16, 4, 3))
+    found = chosen(model, "unet", Model(preset="full"), adapter)
+    (name, override), *others = found.narrowed.items()
+    assert (name, others, found.overrides) == ("block.narrow", [], found.narrowed)
     fitted, shape = override.adapter.inner, (4, 16, 3, 3)
     assert fitted.rank_of(shape) == 4
     assert fitted.gamma(shape) == adapter.inner.gamma(shape)
-    attach(model, adapter, ["wide", "conv_out"], seed=0, overrides={name: override})
+    attach(model, adapter, found.names, seed=0, overrides=found.overrides)
+
+
+@pytest.mark.parametrize("adapter", [LoKr(), DoRA(of=LoKr()), Native()], ids=str)
+def test_what_has_no_rank_is_not_narrowed(adapter):
+    model = block(wide=nn.Linear(16, 16), narrow=nn.Conv2d(16, 4, 3))
+    assert not chosen(model, "unet", Model(preset="full"), adapter).overrides
+
+
+def test_norms_that_scale_are_beside_the_adapter():
+    norms = {
+        "layer": nn.LayerNorm(8, bias=False), "group": nn.GroupNorm(2, 8), "rms": nn.RMSNorm(8),
+        "plain": nn.LayerNorm(8, elementwise_affine=False),
+    }  # fmt: skip
+    model = nn.ModuleDict({"block": ResnetBlock2D({"l": nn.Linear(8, 8), **norms}),
+                           "conv_norm_out": nn.GroupNorm(2, 8)})  # fmt: skip
+    found = chosen(model, "unet", FULL, Native(alpha=0.5))
+    names = ["block.layer", "block.group", "block.rms"]
+    assert list(found.norms) == names and found.names == ["block.l", *names]
+    mounted = attach(model, Native(alpha=0.5), found.names, seed=0, overrides=found.overrides)
+    assert {mounted.adapter_of(name) for name in names} == {Norm()}
+    assert mounted.num_params == 64 + 8 + 16 + 8
+    mounted.detach()
+    assert not chosen(model, "unet", Model(preset="full"), Native()).norms
+
+
+def test_the_norms_of_each_preset(models):
+    unet = {
+        preset: chosen(models["unet"], "unet", Model(preset=preset, train_norm=True), LoRA())
+        for preset in ("attn-mlp", "full")
+    }
+    within = {name.rpartition(".")[2] for name in unet["attn-mlp"].norms}
+    assert within == {"norm", "norm1", "norm2", "norm3"}
+    added = unet["full"].norms.keys() - unet["attn-mlp"].norms.keys()
+    assert added and all(".resnets." in name for name in added)
+    every = {n for n, m in models["unet"].named_modules() if isinstance(m, NORMS)}
+    assert every - unet["full"].norms.keys() == {"conv_norm_out"}
+    for preset in PRESETS:
+        found = chosen(
+            models["text_encoder"], "text_encoder", Model(preset=preset, train_norm=True), LoRA()
+        )
+        assert not found.norms  # they lie around CLIP's attention and MLP
+
+
+def test_norms_that_are_not_there_are_an_error(models):
+    asked = Model(preset="attn-only", train_norm=True)
+    with pytest.raises(UserError, match="no norm layer of the unet .* preset 'attn-only'"):
+        chosen(models["unet"], "unet", asked, LoRA())
+    with pytest.raises(UserError, match="adapter.kind is 'norm'.*model.train_norm trains"):
+        chosen(models["unet"], "unet", FULL, Norm())
