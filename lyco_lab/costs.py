@@ -72,8 +72,7 @@ def estimates(study: Study, plans: Sequence[Plan], begin: Mapping[str, int]) -> 
     steps = sum(own.values())
     samples = sum(own[plan.run.name] * plan.run.train.samples_per_step for plan in plans)
     said = [f"training: {steps:,} steps, {samples:,} samples seen"]
-    asked = sum(len(plan.run.generate.types) * plan.run.generate.images_per_type for plan in plans)
-    said.append(f"generating: at most {asked:,} images, and those of the base model")
+    said.append(_generating(plans))
     factors = [plan.params * FLOAT for plan in plans]
     states = [CHECKPOINTS * (1 + MOMENTS) * size for size in factors]
     said.append(
@@ -95,3 +94,23 @@ def estimates(study: Study, plans: Sequence[Plan], begin: Mapping[str, int]) -> 
             + (f"; nothing is stated for the other {without}" if without else "")
         )
     return said
+
+
+def _generating(plans: Sequence[Plan]) -> str:
+    """How many images are drawn: concepts x types x images, less styles' prompts of type style."""
+    asked: dict[str, int] = {}
+    for plan in plans:
+        how = plan.run.generate
+        concepts = f"{plan.concepts} concept{'s' * (plan.concepts != 1)}"
+        each = f"{len(how.types)} type{'s' * (len(how.types) != 1)} x {how.images_per_type}"
+        if plan.images:
+            rest = plan.concepts * len(how.types) * how.images_per_type - plan.drawn
+            less = f" - {rest:,} (a style is not drawn in styles)" * bool(rest)
+            text = f"{concepts} x {each}{less} = {plan.drawn:,}"
+        else:
+            text = f"? concepts x {each}"
+        asked[text] = asked.get(text, 0) + 1
+    runs = "; ".join(f"{text}, {n} run{'s' * (n != 1)}" for text, n in asked.items())
+    total = sum(plan.drawn for plan in plans)
+    whole = f"{total:,} images" if all(plan.images for plan in plans) else "images"
+    return f"generating: {whole}, and those of the base model ({runs})"

@@ -14,11 +14,12 @@ from lyco_lab import gamma
 from lyco_lab.adapters.mount import survey
 from lyco_lab.config import Run, Study
 from lyco_lab.config.groups import check
-from lyco_lab.data.stage import count, place
+from lyco_lab.data.stage import look, place
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import objective, sound
 from lyco_lab.diffusion.skeleton import parts, skeleton
 from lyco_lab.errors import UserError
+from lyco_lab.generate import ask
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
@@ -35,6 +36,8 @@ class Plan:
     params: int  # trained, over all parts
     images: int  # 0: they are not here, nor is the next known
     samples_per_epoch: int
+    concepts: int  # of which images are drawn
+    drawn: int  # images, of the run; as many again of the base model, for all runs that ask alike
 
     @property
     def epochs(self) -> float:
@@ -65,7 +68,7 @@ def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
     if run.model.path not in models:
         sound(placed(run.model))
     unknown = run.data.concept is None and str(place(run)) in absent
-    images, samples = (0, 0) if unknown else _count(run)
+    images, samples, concepts, drawn = (0, 0, 0, 0) if unknown else _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
     suits(run.train, objective(placed(run.model)))
     counts, narrowed, adapter = {}, 0, run.adapter_value()
@@ -83,14 +86,18 @@ def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
         params=sum(sum(layers.values()) for layers in counts.values()),
         images=images,
         samples_per_epoch=samples,
+        concepts=concepts,
+        drawn=drawn,
     )
 
 
-def _count(run: Run) -> tuple[int, int]:
-    """Images, and samples per epoch."""
+def _count(run: Run) -> tuple[int, int, int, int]:
+    """Images, samples per epoch, concepts that are drawn, and how many images of them."""
     data = run.data
     if data.concept is None:
-        return count(run)
+        seen = look(run)
+        asked = ask(run, seen.concepts)
+        return *seen[:2], len({prompt.concept for prompt in asked}), len(asked)
     subject = concept(str(data.concept))
     images = min(subject.images, data.limit or subject.images)
-    return images, images * (data.repeats or subject.repeats)
+    return images, images * (data.repeats or subject.repeats), 1, len(ask(run, ()))

@@ -7,19 +7,25 @@ Four types of prompt ask four questions (Yeh et al. 2024, appendix D.3):
     alter    the concept in other places and guises       does it still obey?
     style    the concept in other styles                  what else was forgotten?
 
-Image i of each type has the seed `generate.seed + i` in every model, the base included, so images
-differ by the adapter alone and can be compared pair by pair. The adapter is merged before
+A folder of several concepts is asked for each of them, by its own prompts. Image i of each concept
+and type has the seed `generate.seed + i` in every model, the base included, so images differ by the
+adapter alone and can be compared pair by pair; and batches end with their concept, so a concept's
+images are those that it would have alone. The adapter is merged before
 sampling, unless it depends on the timestep: no image pays for it. Sampling is in float32 whatever
 training was in, since a merged weight rounded to half precision loses the small updates that are
 being compared.
 
     NAME-HASH/generate/KIND/0000.png    the run's images;  generate/images.parquet lists them
     base/NAME-HASH/KIND/0000.png        the base model's, shared by all runs that ask the same
+    …/generate/02-CONCEPT/KIND/0000.png where there are several concepts
 """
 
 import hashlib
+import itertools
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,11 +36,12 @@ from PIL import Image
 
 from lyco_lab import tracking
 from lyco_lab.config import Run
-from lyco_lab.data.folder import Dataset
+from lyco_lab.config.asked import Asked
+from lyco_lab.data.concepts import Concept
 from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import word
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
-from lyco_lab.errors import UserError
+from lyco_lab.errors import UserError, nearest
 from lyco_lab.formats import embedding, kohya
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.prompts import Prompt, prompts
@@ -46,10 +53,10 @@ STAGE = "generate"
 TABLE = "images.parquet"
 GRID_SIDE = 4  # of the sample grids shown in W&B, in images
 
-# For a folder of the user's own: what the concept's descriptor "{}" is put into. The paper's
-# templates differ by category; these are plain enough for a person, a thing or a place.
-TEMPLATES = {
-    "alter": (
+# What a concept's descriptor "{}" is put into, by the concept's category; "" is plain enough for a
+# person, a thing or a place.
+ALTER = {
+    "": (
         "{} at the beach",
         "{} in a forest",
         "{} in the snow",
@@ -61,26 +68,117 @@ TEMPLATES = {
         "{} under a rainbow",
         "{} next to a red car",
     ),
+    "person": (
+        "{} reading a newspaper",
+        "{} riding a horse",
+        "{} cooking in a kitchen",
+        "{} in a raincoat",
+        "{} asleep on a sofa",
+        "{} playing chess in a park",
+        "{} on a mountain top",
+        "{} in a crowded train",
+        "{} with a parrot on the shoulder",
+        "{} seen from behind",
+    ),
+    "plushie": (
+        "{} in a shop window",
+        "{} on a bicycle",
+        "{} in the snow",
+        "{} in a bath full of foam",
+        "{} on a bookshelf",
+        "{} in a suitcase",
+        "{} made of wood",
+        "{} beside a birthday cake",
+        "{} with an umbrella",
+        "{} on the moon",
+    ),
     "style": (
-        "{} in the style of pencil drawing",
-        "{} in the style of watercolor painting",
-        "{} in the style of Vincent Van Gogh",
-        "{} in the style of Claude Monet",
-        "{} in the style of pixel art",
+        "a lighthouse on a cliff, {}",
+        "a bowl of fruit, {}",
+        "a cat on a windowsill, {}",
+        "a steam train in a valley, {}",
+        "a dancer on a stage, {}",
+        "a market full of people, {}",
+        "a robot in a garden, {}",
+        "a ship in a storm, {}",
+        "a village in winter, {}",
+        "an old man with a violin, {}",
+    ),
+    "waterfall": (
+        "{} frozen in winter",
+        "{} at night under the moon",
+        "{} seen from above",
+        "{} with a wooden bridge",
+        "{} in autumn",
+        "{} in a desert",
+        "{} with a deer beside it",
+        "{} in thick fog",
+        "{} with a canoe below",
+        "{} in a city",
+    ),
+    "canal": (
+        "{} frozen in winter",
+        "{} at night with lanterns",
+        "{} seen from above",
+        "{} with a red sailing boat",
+        "{} in heavy rain",
+        "{} without water",
+        "{} with swans",
+        "{} in thick fog",
+        "{} with a market on its banks",
+        "{} between skyscrapers",
+    ),
+    "garden": (
+        "{} covered in snow",
+        "{} at night with lanterns",
+        "{} seen from above",
+        "{} with a fountain",
+        "{} in autumn",
+        "{} in heavy rain",
+        "{} with a peacock",
+        "{} with a glass house",
+        "{} with children playing",
+        "{} on a roof",
+    ),
+    "castle": (
+        "{} covered in snow",
+        "{} at night under the moon",
+        "{} seen from above",
+        "{} in a desert",
+        "{} on an island",
+        "{} in ruins",
+        "{} with a hot-air balloon",
+        "{} in a thunderstorm",
+        "{} with knights in front",
+        "{} in a forest in autumn",
+    ),
+    "sculpture": (
+        "{} covered in snow",
+        "{} at night in a spotlight",
+        "{} in a museum",
+        "{} on a beach",
+        "{} made of glass",
+        "{} overgrown with ivy",
+        "{} in a fountain",
+        "{} in a workshop",
+        "{} with a pigeon on it",
+        "{} in a busy street",
     ),
 }
+STYLE = (
+    "{} in the style of pencil drawing",
+    "{} in the style of watercolor painting",
+    "{} in the style of Vincent Van Gogh",
+    "{} in the style of Claude Monet",
+    "{} in the style of pixel art",
+)
 
 
 def generate(run: Run, record: Record) -> None:
     """The stage: every image of the run and of the base model, or those still missing."""
     if record.done(STAGE):
         return
-    asked = ask(run, dataset(run, record))
-    if not asked:
-        raise UserError(
-            f"generate.types = {list(run.generate.types)} gives no prompt for run {run.name!r}: "
-            "concepts of the category 'style' have none of the type 'style'"
-        )
+    asked = ask(run, dataset(run, record).concepts)
     diffusion = load(placed(run.model)).to("cuda" if torch.cuda.is_available() else "cpu")
     base = base_folder(run, record)
     with locked(base):  # runs side by side ask for the same
@@ -98,41 +196,92 @@ def generate(run: Run, record: Record) -> None:
     record.finish(STAGE, images=len(asked), base=base.name)
 
 
-def ask(run: Run, images: Dataset) -> list[Prompt]:
-    """The prompts of all types the run asks for, in order."""
-    count = run.generate.images_per_type
+def ask(run: Run, concepts: Sequence[Concept]) -> list[Prompt]:
+    """The prompts of all concepts and types the run asks for, in order."""
+    how = run.generate
     asked: list[Prompt] = []
-    for kind in run.generate.types:
-        if run.data.concept is not None:
-            asked += prompts(run.data.concept, kind, count, run.generate.seed)
-        else:
-            asked += folder_prompts(images, kind, count)
+    if run.data.concept is not None:
+        for kind in how.types:
+            asked += prompts(run.data.concept, kind, how.images_per_type, how.seed)
+    else:
+        check(how.concepts, concepts)
+        for concept, folder in zip(concepts, folders(concepts), strict=True):
+            told = drawn(concept, how.concepts)
+            if told is None:
+                continue
+            for kind in how.types:
+                found = folder_prompts(told, kind, how.images_per_type)
+                name = told.name if folder else ""
+                asked += [replace(prompt, concept=name, folder=folder) for prompt in found]
+    if not asked:
+        raise UserError(
+            f"generate.types = {list(how.types)} gives no prompt for run {run.name!r}: "
+            "concepts of the category 'style' have none of the type 'style'"
+        )
     return asked
 
 
-def folder_prompts(images: Dataset, kind: str, count: int) -> list[Prompt]:
+def folders(concepts: Sequence[Concept]) -> list[str]:
+    """A folder for each of several concepts, on any file system."""
+    if len(concepts) == 1:
+        return [""]
+    plain = [re.sub("[^a-z0-9]+", "-", c.name.lower()).strip("-")[:60] for c in concepts]
+    width = len(str(len(concepts)))
+    return [f"{i:0{width}d}-{name}".rstrip("-") for i, name in enumerate(plain, start=1)]
+
+
+def drawn(concept: Concept, entries: Sequence[Asked]) -> Concept | None:
+    """The concept as `generate.concepts` has it; None where it is not to be drawn."""
+    is_drawn = True
+    for entry in entries:
+        if entry.matches(concept.name):
+            is_drawn = is_drawn if entry.drawn is None else entry.drawn
+            concept = replace(concept, category=entry.category or concept.category)
+    return concept if is_drawn else None
+
+
+def check(entries: Sequence[Asked], concepts: Sequence[Concept]) -> None:
+    """Raise an error for names that are those of no concept, or where none is left."""
+    names = [concept.name for concept in concepts]
+    for entry in entries:
+        for pattern in entry.names:
+            if not any(replace(entry, names=(pattern,)).matches(name) for name in names):
+                raise UserError(
+                    f"generate.concepts names {pattern!r}, which is none of the concepts: they are "
+                    f"called {', '.join(names)}{nearest(pattern, names)}"
+                )
+    if entries and not any(drawn(concept, entries) for concept in concepts):
+        raise UserError(
+            f"generate.concepts leaves none of {', '.join(names)} to draw: leave one out of an "
+            "entry with drawn: false"
+        )
+
+
+def folder_prompts(concept: Concept, kind: str, count: int) -> list[Prompt]:
     """Prompts for images of the user's own, whose attributes nobody wrote down."""
-    descriptor = " ".join(word for word in (images.trigger, images.class_word) if word)
+    descriptor = concept.descriptor
     if kind == "train":
-        texts: Sequence[str] = images.captions
+        texts: Sequence[str] = concept.captions
     elif not descriptor:
         raise UserError(
-            f"prompts of type {kind!r} need the word that stands for the concept: begin every "
-            f"caption in {images.folder} with the same 'trigger class', or ask for "
-            "generate.types=[train] only"
+            f"prompts of type {kind!r} need the words that stand for {concept.name!r}: begin each "
+            f"of its {len(concept.captions)} captions with the same 'trigger class,', leave it out "
+            "with generate.concepts, or ask for generate.types=[train] only"
         )
     elif kind == "trigger":
         texts = [descriptor]
-    elif kind == "style" and images.category == "style":
+    elif kind == "alter":
+        texts = [t.format(descriptor) for t in ALTER.get(concept.category, ALTER[""])]
+    elif concept.category == "style":
         return []  # a style cannot be asked for in another style
     else:
-        texts = [template.format(descriptor) for template in TEMPLATES[kind]]
+        texts = [template.format(descriptor) for template in STYLE]
     return [
         Prompt(
             kind=kind,
             index=index,
             text=text,
-            scored_text=scored(text, images.trigger, images.class_word),
+            scored_text=scored(text, concept.trigger, concept.class_word),
             attributes={},
             concept="",
         )
@@ -165,9 +314,10 @@ def render(
     a stage that was interrupted has to end with the images it would have made at once.
     """
     size = run.generate.batch_size
-    batches = [asked[i : i + size] for i in range(0, len(asked), size)]
+    of_one = [list(group) for _, group in itertools.groupby(asked, lambda p: p.folder)]
+    batches = [g[i : i + size] for g in of_one for i in range(0, len(g), size)]
     for batch in track(batches, title):
-        paths = [image_path(folder, prompt.kind, prompt.index) for prompt in batch]
+        paths = [image_path(folder, prompt) for prompt in batch]
         if all(path.is_file() for path in paths):
             continue
         images = diffusion.sample(
@@ -187,8 +337,9 @@ def show(run: Run, record: Record) -> None:
     """The copy that W&B gets: one grid of images for each type of prompt."""
     made = read_table(record.path / STAGE)
     with tracking.track(run, record, STAGE) as tracker:
+        each = -(-(GRID_SIDE**2) // made["concept"].nunique())  # images of a concept
         for kind, rows in made.groupby("kind", sort=False):
-            shown = rows.head(GRID_SIDE**2)
+            shown = rows.groupby("concept", sort=False).head(each).head(GRID_SIDE**2)
             caption = "; ".join(dict.fromkeys(shown["prompt"]))
             tracker.image(f"samples/{kind}", tiled(shown["file"].tolist()), caption)
 
@@ -210,7 +361,7 @@ def row(prompt: Prompt, first_seed: int) -> dict[str, object]:
         "index": prompt.index,
         "prompt": prompt.text,
         "seed": first_seed + prompt.index,
-        "file": str(image_path(Path(), prompt.kind, prompt.index)),
+        "file": str(image_path(Path(), prompt)),
         "concept": prompt.concept,
         "attributes": json.dumps(dict(prompt.attributes), sort_keys=True),
         **{f"scored_{rule}": text for rule, text in sorted(prompt.scored_text.items())},
@@ -233,7 +384,6 @@ def base_folder(run: Run, record: Record) -> Path:
     Named by what they depend on and nothing else, so every adapter of a concept finds the same,
     in whichever study it is.
     """
-    name = run.data.concept or Path(str(run.data.folder)).name
     depends = {
         "model": fingerprint(placed(run.model)),
         "concept": run.data.concept,
@@ -242,11 +392,11 @@ def base_folder(run: Run, record: Record) -> Path:
     }
     text = json.dumps(depends, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    return record.path.parent / "base" / f"{name}-{digest}"
+    return record.path.parent / "base" / f"{run.data.title}-{digest}"
 
 
-def image_path(folder: Path, kind: str, index: int) -> Path:
-    return folder / kind / f"{index:04d}.png"
+def image_path(folder: Path, prompt: Prompt) -> Path:
+    return folder / prompt.folder / prompt.kind / f"{prompt.index:04d}.png"
 
 
 def write_image(path: Path, image_HWC: NDArray[np.uint8]) -> None:

@@ -130,8 +130,7 @@ def group(run: Run) -> str:
 
 def tags(run: Run) -> list[str]:
     """Few, and never the only place a fact is in: W&B cannot group by them."""
-    subject = run.data.concept or Path(str(run.data.folder)).name
-    return [str(run.adapter["kind"]), run.model.preset, subject]
+    return [str(run.adapter["kind"]), run.model.preset, run.data.title]
 
 
 def described(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:

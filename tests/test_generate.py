@@ -21,7 +21,8 @@ from lyco_lab.diffusion.model import load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
 from lyco_lab.generate import (
-    TEMPLATES,
+    ALTER,
+    STYLE,
     ask,
     base_folder,
     folder_prompts,
@@ -201,25 +202,26 @@ def test_prompts_are_repeated_evenly_and_the_first_ones_once_more(count, n):
 
 def test_a_users_folder_is_asked_for_in_all_four_ways(tiny_concept):
     images = read(tiny_concept)
+    (concept,) = images.concepts
 
     def texts(kind):
-        return [prompt.text for prompt in folder_prompts(images, kind, 10)]
+        return [prompt.text for prompt in folder_prompts(concept, kind, 10)]
 
     assert texts("train")[:2] == [images.captions[0]] * 2
     assert set(texts("trigger")) == {"sks circle"}
-    assert texts("alter") == [t.format("sks circle") for t in TEMPLATES["alter"]]
-    assert texts("style")[::2] == [t.format("sks circle") for t in TEMPLATES["style"]]
-    assert [p.index for p in folder_prompts(images, "alter", 10)] == list(range(10))
+    assert texts("alter") == [t.format("sks circle") for t in ALTER[""]]
+    assert texts("style")[::2] == [t.format("sks circle") for t in STYLE]
+    assert [p.index for p in folder_prompts(concept, "alter", 10)] == list(range(10))
 
 
 def test_a_folder_without_a_common_word_can_only_be_asked_its_captions(tmp_path):
     for name in ("cat", "dog"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"a {name}, grey")
-    images = read(tmp_path)
-    assert [p.text for p in folder_prompts(images, "train", 2)] == images.captions
+    (concept,) = read(tmp_path).concepts
+    assert tuple(p.text for p in folder_prompts(concept, "train", 2)) == concept.captions
     with pytest.raises(UserError, match="trigger class"):
-        folder_prompts(images, "alter", 2)
+        folder_prompts(concept, "alter", 2)
 
 
 def test_a_style_is_not_asked_for_in_another_style(tmp_path):
@@ -228,7 +230,8 @@ def test_a_style_is_not_asked_for_in_another_style(tmp_path):
     )
     record = Record.open(tmp_path, run)
     prepare(run, record)
-    assert ask(run, dataset(run, record)) == []
+    with pytest.raises(UserError, match="gives no prompt"):
+        ask(run, dataset(run, record).concepts)
     with pytest.raises(UserError, match="gives no prompt"):
         generate(run, record)
 

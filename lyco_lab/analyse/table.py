@@ -6,6 +6,10 @@
                                        error of its mean over prompts (empty where there is none)
     trainable_params, train_seconds    what it cost
 
+Where a folder holds several concepts a row is the mean over them, and COLUMN_se is over their
+classes (lyco_lab/evaluate/stage.py); `concepts.csv` has the same columns for each concept, with its
+class and category, and errors over prompts.
+
 Metrics say themselves in which columns they are quoted; FIRST only fixes the order of the usual
 ones. Real images have no prompt types, so their one value stands in every column of a metric.
 """
@@ -14,21 +18,26 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from lyco_lab.config import Run, Study
+from lyco_lab.data.concepts import Concept
 from lyco_lab.data.stage import dataset
 from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Metric
-from lyco_lab.evaluate.stage import REAL, STAGE
+from lyco_lab.evaluate.stage import CONCEPTS, REAL, STAGE
+from lyco_lab.generate import drawn
 from lyco_lab.record import Record, atomic
 
 BASE = "base"
 RESULTS = "results.csv"
+BY_CONCEPT = "concepts.csv"
+METRICS_FILE = "metrics.json"
 FIRST = (
     "image_similarity_train",
     "image_similarity_alter",
@@ -49,14 +58,23 @@ def quoted() -> dict[str, tuple[Metric, str]]:
 
 
 def table(study: Study, root: Path) -> pd.DataFrame:
-    """The table of a study whose runs are evaluated in `root`, also written to `results.csv`."""
-    rows = list(_rows(study, root))
-    frame = pd.DataFrame(rows)
+    """The table of a study whose runs are evaluated in `root`.
+
+    Also written to `results.csv`; and, of data that hold several concepts, `concepts.csv`.
+    """
+    models = list(_models(study, root))
+    frame = pd.DataFrame([model.row() for model in models])
+    _write(frame, study_folder(study, root) / RESULTS)
+    if rows := [row for model in models for row in model.concept_rows()]:
+        _write(pd.DataFrame(rows), study_folder(study, root) / BY_CONCEPT)
+    return frame
+
+
+def _write(frame: pd.DataFrame, path: Path) -> None:
     buffer = io.StringIO()
     frame.to_csv(buffer, index=False, lineterminator="\n")
-    with atomic(study_folder(study, root) / RESULTS) as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(buffer.getvalue())
-    return frame
 
 
 def study_folder(study: Study, root: Path) -> Path:
@@ -72,34 +90,75 @@ def record_of(run: Run, root: Path) -> Record:
     return record
 
 
-def _rows(study: Study, root: Path) -> Iterator[dict[str, Any]]:
-    """Concept by concept: the base model, its runs, then the real images."""
-    concepts: dict[Path, list[tuple[Run, Record]]] = {}
+def over(record: Record) -> str:
+    """Of how many concepts a run's scores are means, and over what their errors are; "" of one."""
+    scores = json.loads((record.path / STAGE / METRICS_FILE).read_text())
+    if (concepts := scores.pop(CONCEPTS, None)) is None:
+        return ""
+    units = {(score["unit"], score["n"]) for kind in scores.values() for score in kind.values()}
+    unit, n = max(units, key=lambda unit: unit[1])
+    many = "classes" if unit == "class" else "concepts"
+    return f"means over {len(concepts)} concepts; ± over {n} {many}"
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A run, or one of the two that it is read against."""
+
+    name: str
+    about: dict[str, str]  # the images that it is about
+    adapter: str
+    scores: dict[str, Any]  # as metrics.json has them
+    concepts: dict[str, Concept]  # by name, as they were asked for
+    costs: dict[str, Any] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        about = {"run": self.name, **self.about, "adapter": self.adapter}
+        return {**about, **_scores(self.scores), **self.costs}
+
+    def concept_rows(self) -> Iterator[dict[str, Any]]:
+        for name, kinds in self.scores.get(CONCEPTS, {}).items():
+            concept = self.concepts[name]
+            yield {
+                "run": self.name,
+                "data": self.about["concept"],
+                "concept": name,
+                "class": concept.class_name,
+                "category": concept.category,
+                "adapter": self.adapter,
+                **_scores(kinds),
+            }
+
+
+def _models(study: Study, root: Path) -> Iterator[_Model]:
+    """Data by data: the base model, its runs, then the real images."""
+    by_data: dict[Path, list[tuple[Run, Record]]] = {}
     for run in study.runs:
         record = record_of(run, root)
         references = root / BASE / str(record.facts(STAGE)["references"])
-        concepts.setdefault(references, []).append((run, record))
-    for path, members in concepts.items():
+        by_data.setdefault(references, []).append((run, record))
+    for path, members in by_data.items():
         run, record = members[0]
-        about = {"concept": concept_name(run), "category": dataset(run, record).category}
+        images = dataset(run, record)
+        about = {"concept": run.data.title, "category": images.category}
+        asked = [drawn(concept, run.generate.concepts) for concept in images.concepts]
+        concepts = {concept.name: concept for concept in asked if concept is not None}
         references = json.loads(path.read_text())
-        yield {"run": BASE, **about, "adapter": BASE, **_scores(references[BASE])}
+        yield _Model(BASE, about, BASE, references[BASE], concepts)
         for run, record in members:
-            kinds = json.loads((record.path / STAGE / "metrics.json").read_text())
+            scores = json.loads((record.path / STAGE / METRICS_FILE).read_text())
             facts = record.facts("train")
-            yield {
-                "run": run.name,
-                **about,
-                "adapter": run.adapter["kind"],
-                **_scores(kinds),
-                **{cost: facts[cost] for cost in COSTS},
-            }
-        real = {kind: references[REAL][REAL] for _, kind in quoted().values()}
-        yield {"run": REAL, **about, "adapter": REAL, **_scores(real)}
+            costs = {cost: facts[cost] for cost in COSTS}
+            yield _Model(run.name, about, run.adapter["kind"], scores, concepts, costs)
+        yield _Model(REAL, about, REAL, _of_any_prompt(references[REAL]), concepts)
 
 
-def concept_name(run: Run) -> str:
-    return run.data.concept or Path(str(run.data.folder)).name
+def _of_any_prompt(scores: dict[str, Any]) -> dict[str, Any]:
+    """Scores of real images, which no prompt made, in the place of every type's."""
+    found = {kind: scores[REAL] for _, kind in quoted().values()}
+    for name, kinds in scores.get(CONCEPTS, {}).items():
+        found.setdefault(CONCEPTS, {})[name] = _of_any_prompt(kinds)
+    return found
 
 
 def _scores(kinds: dict[str, dict[str, dict[str, Any]]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 from lyco_lab.config.checks import at_least, choose, need, positive
 from lyco_lab.errors import UserError
@@ -93,6 +94,11 @@ class Data:
             need(extension.startswith("."), "data.caption_extension", extension, "a leading '.'")
         need(bool(self.tag_separator.strip()), "data.tag_separator", self.tag_separator, "a mark")
         self._check_idle()
+
+    @property
+    def title(self) -> str:
+        """What the images are called: the concept, or the name of their folder or TOML file."""
+        return self.concept or Path(self.folder or str(self.toml)).name
 
     def elsewhere(self, folder: str) -> "Data":
         """Images of another folder, seen as these are: nothing is drawn, and each counts once."""

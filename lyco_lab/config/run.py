@@ -13,6 +13,7 @@ from lyco_lab import adapters, optimizers, record
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.options import Options
+from lyco_lab.config.asked import Asked
 from lyco_lab.config.checks import at_least, choose, need
 from lyco_lab.config.data import Data
 from lyco_lab.config.training import Embedding, Train, Trainer
@@ -39,10 +40,10 @@ class Model:
     zero_terminal_snr: bool = False
     tokenizer: str | None = None
     clip_skip: int = 1
+    max_token_length: int | None = None
     preset: str = "attn-mlp"
     train_norm: bool = False
     text_encoder: bool = False
-    max_token_length: int | None = None
     precision: str = "fp32"
 
     def __post_init__(self) -> None:
@@ -58,16 +59,17 @@ class Model:
             )
         need(self.tokenizer != "", "model.tokenizer", self.tokenizer, "null or a folder")
         at_least("model.clip_skip", self.clip_skip, 1)
+        if self.max_token_length is not None:
+            at_least("model.max_token_length", self.max_token_length, 1)
         choose("model.preset", self.preset, LAYER_PRESETS)
         choose("model.precision", self.precision, PRECISIONS)
 
-        if self.max_token_length is not None:
-            at_least("model.max_token_length", self.max_token_length, 1)
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
     types: tuple[str, ...] = PROMPT_TYPES
     images_per_type: int = 8
+    concepts: tuple[Asked, ...] = ()
     steps: int = 25
     guidance: float = 5.0
     batch_size: int = 16
@@ -132,6 +134,11 @@ class Run:
                 self.options.check(Norm(), (1,), "norm layer")
             except UserError as error:
                 raise UserError(f"model.train_norm is true, and options.{error}") from None
+        if self.generate.concepts and self.data.concept is not None:
+            raise UserError(
+                f"generate.concepts names {', '.join(self.generate.concepts[0].names)}, but "
+                f"data.concept is {self.data.concept!r}: it is for pictures of your own"
+            )
         if self.train.text_encoder_lr is not None and not self.model.text_encoder:
             raise UserError(
                 f"train.text_encoder_lr is {self.train.text_encoder_lr!r}, but model.text_encoder "
@@ -190,7 +197,10 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, as config.yaml holds them."""
-        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+        plain = {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+        if not self.generate.concepts:
+            del plain["generate"]["concepts"]  # runs from before there were any keep their hash
+        return plain
 
     @cached_property
     def hash(self) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from lyco_lab.data.concepts import Concept
 from lyco_lab.errors import UserError, nearest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -61,6 +62,17 @@ class Dataset:
     @property
     def samples_per_epoch(self) -> int:
         return sum(self.repeats)
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """What the images show: here one thing."""
+        name, rows = self.folder.resolve().name, tuple(range(len(self.items)))
+        words = (self.trigger, self.class_word)
+        return (Concept(name, name, rows, tuple(self.captions), *words, category=self.category),)
+
+    def part(self, rows: Sequence[int]) -> "Dataset":
+        """Some of the images."""
+        return Dataset(self.folder, [self.items[row] for row in rows])
 
     @property
     def trigger(self) -> str:

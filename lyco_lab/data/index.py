@@ -13,11 +13,10 @@ reason to drop the image, as neither is known to be meant.
 import csv
 import hashlib
 import json
-import re
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import splitext
 from pathlib import Path, PurePosixPath
@@ -27,7 +26,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lyco_lab.data import captions, headers, listing
+from lyco_lab.data import captions, concepts, headers, listing
+from lyco_lab.data.concepts import NUMBERED
 from lyco_lab.data.headers import FORMATS, OTHER_FORMATS, Unusable
 from lyco_lab.data.listing import MANIFEST, METADATA, Listed
 from lyco_lab.data.memo import Known, Memo
@@ -37,8 +37,8 @@ from lyco_lab.errors import UserError
 from lyco_lab.record import atomic
 
 SAVE_EVERY_S = 10.0  # a look at many files that is stopped loses no more than this
-NUMBERED = re.compile(r"(\d+)_(.+)")
-TEXTS = ("file", "caption", "mask", "attributes", *listing.TEXTS)
+# "class" and "leaf": the concept that an image is of and its sub-class, as lists or folders say.
+TEXTS = ("file", "caption", "mask", "attributes", *listing.TEXTS, "class", "leaf")
 Above = tuple[str, dict[str, Listed]] | None
 
 
@@ -357,6 +357,7 @@ class _Reader:
             raise Unusable(f"no caption: write one in {wanted}")
         if self.source.needs_trigger and not captions.says(caption, self.source.captions.trigger):
             raise Unusable(f"no trigger: its caption lacks {self.source.captions.trigger!r}")
+        texts["class"], texts["leaf"] = _class_of(folder, texts)
         texts.setdefault("concept", concept)
         if self.source.masks == "files":
             texts["mask"] = self._mask(stem, folder)
@@ -420,9 +421,17 @@ class _Reader:
 
 def _concept(folder: Folder) -> str:
     """What the images in a folder are of, by its name."""
-    name = PurePosixPath(folder.path).name
-    match = NUMBERED.fullmatch(name)
-    return match[2].strip() if match else name
+    return concepts.unnumbered(PurePosixPath(folder.path).name)
+
+
+def _class_of(folder: Folder, listed: Mapping[str, str]) -> tuple[str, str]:
+    """Class and sub-class of an image: a list's word for it, else its folder's."""
+    above, leaf = concepts.place(folder.path)
+    if concept := listed.get("concept"):
+        return concept, listed.get("subclass", "")
+    if subclass := listed.get("subclass"):
+        return "/".join(filter(None, (above, leaf))), subclass
+    return above, leaf
 
 
 def chunks(total: int, size: int) -> Iterator[range]:

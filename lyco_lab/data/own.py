@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lyco_lab.config import Data
-from lyco_lab.data import sdscripts
+from lyco_lab.data import concepts, sdscripts
 from lyco_lab.data.buckets import Sizing, shown
 from lyco_lab.data.captions import Captions
 from lyco_lab.data.check import check
+from lyco_lab.data.concepts import Concept
 from lyco_lab.data.folder import Dataset, Item
 from lyco_lab.data.index import Index, build
 from lyco_lab.data.listing import TEXTS
@@ -162,7 +164,8 @@ def report(index: Index, sizes_N2: NDArray[np.int32]) -> list[str]:
             f"  {cut} images lose more than a third to cutting; most, {1 - left[worst]:.0%}, "
             f"{index.file(worst)}"
         )
-    classes = index.texts["concept"].to_pylist()
+    parts = (index.texts[name].to_pylist() for name in ("class", "leaf"))
+    classes = ["/".join(filter(None, names)) for names in zip(*parts, strict=True)]
     if 1 < len(set(classes)) <= 64:
         samples: dict[str, int] = {}
         for name, repeats in zip(classes, index.repeats_N.tolist(), strict=True):
@@ -231,12 +234,20 @@ def _lent(
 class Items(Sequence[Item]):
     """The images that are not prior ones, as items that are made when they are asked for."""
 
-    def __init__(self, index: Index) -> None:
+    def __init__(self, index: Index, title: str) -> None:
         self.of = index
         self.rows = np.flatnonzero(~index.prior_N)
         every = index.captions()
         self.captions = [every[row] for row in self.rows]
-        self.trigger, self.class_word = _trigger(index, self.captions)
+        self.title = title
+
+    @cached_property
+    def concepts(self) -> tuple[Concept, ...]:
+        return concepts.find(self.of, self.rows.tolist(), self.captions, self.title)
+
+    @cached_property
+    def _concept_of(self) -> dict[int, Concept]:
+        return {i: each for each in self.concepts for i in each.rows}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -252,8 +263,9 @@ class Items(Sequence[Item]):
             return [self[i] for i in range(*place.indices(len(self)))]
         row = int(self.rows[place])
         texts: dict[str, Any] = {name: self.of.text(name, row) for name in TEXTS}
-        if self.trigger:
-            texts |= {"trigger": self.trigger, "class_word": self.class_word}
+        found = self._concept_of[range(len(self))[place]]
+        if not texts["trigger"] and found.trigger:
+            texts |= {"trigger": found.trigger, "class_word": found.class_word}
         return Item(
             self.of.file(row),
             self.captions[place],
@@ -272,6 +284,11 @@ class OwnDataset(Dataset):
 
     samples: Samples
     cache: Path
+    items: Items
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        return self.items.concepts
 
     @property
     def captions(self) -> list[str]:
@@ -288,20 +305,4 @@ class OwnDataset(Dataset):
 
 
 def dataset_of(samples: Samples, folder: Path, cache: Path) -> OwnDataset:
-    return OwnDataset(folder, Items(samples.index), samples, cache)
-
-
-def _trigger(index: Index, captions: Sequence[str]) -> tuple[str, str]:
-    """Trigger and class where no list names them: what was asked for, else how captions begin."""
-    if any(index.texts["trigger"].to_pylist()):
-        return "", ""
-    asked = {source.captions.trigger for source in index.sources if not source.prior}
-    heads = {caption.split(",")[0].strip() for caption in captions}
-    trigger = asked.pop() if len(asked) == 1 else ""
-    if trigger:
-        words = {head.removeprefix(trigger).strip() for head in heads}
-        return trigger, words.pop() if len(words) == 1 else ""
-    if len(heads) != 1:
-        return "", ""
-    trigger, _, class_word = heads.pop().partition(" ")
-    return trigger, class_word
+    return OwnDataset(folder, Items(samples.index, folder.resolve().name), samples, cache)

@@ -9,10 +9,12 @@ runs, for all of them.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 from lyco_lab.config import Run
 from lyco_lab.data import cache, own
 from lyco_lab.data.cache import Cache
+from lyco_lab.data.concepts import Concept
 from lyco_lab.data.folder import Dataset, read, read_image
 from lyco_lab.data.memo import Memo
 from lyco_lab.data.order import arithmetic
@@ -106,15 +108,24 @@ def beside(run: Run, record: Record) -> Dataset:
     return own.dataset_of(_samples(run, record), place(run), record.path.parent / CACHE)
 
 
-def count(run: Run) -> tuple[int, int]:
-    """Images of a user's, and samples per epoch, by what their files' headers say; writes nothing.
+class Seen(NamedTuple):
+    """A user's images, by what their files' headers say."""
+
+    images: int
+    samples_per_epoch: int
+    concepts: tuple[Concept, ...]
+
+
+def look(run: Run) -> Seen:
+    """What there is, without reading it all; writes nothing.
 
     What cannot be used is an error here as it will be then.
     """
     index, _ = own.index_of(run.data, run.train.batch_size, model_side(run), Memo())
     own.judge(index, run.data)
     ours = ~index.prior_N
-    return int(ours.sum()), int(index.repeats_N[ours].sum())
+    concepts = own.Items(index, place(run).resolve().name).concepts
+    return Seen(int(ours.sum()), int(index.repeats_N[ours].sum()), concepts)
 
 
 def material(run: Run, images: Dataset, diffusion: Diffusion) -> Cache | Stored:

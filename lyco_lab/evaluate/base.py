@@ -141,8 +141,8 @@ class Score:
     """Values of one quantity. NaN says "does not apply here" and is left out of every mean."""
 
     values: tuple[float, ...]
-    groups: tuple[str, ...]  # the prompt that each value belongs to
-    unit: Literal["image", "prompt", "set"]
+    groups: tuple[str, ...]  # the prompt that each value belongs to, or the class it is of
+    unit: Literal["image", "prompt", "set", "concept", "class"]
 
     @property
     def n(self) -> int:

@@ -1,19 +1,27 @@
 """The stage: images -> one row per image, and the aggregates that tables quote.
 
     NAME-HASH/evaluate/images.parquet    every image with its prompt, seed and scores
-    NAME-HASH/evaluate/metrics.json      {prompt type: {score: mean, standard_error, n, unit}}
+    NAME-HASH/evaluate/metrics.json      {prompt type: {score: {mean, standard_error, n, unit}}}
     base/NAME-HASH/references.json       the same for the base model's images, and as "real" for
                                          the training images looked at as if a model had made them
 
 Every score can so be read between its references: what the model did before training, and what
 real images reach.
+
+Of a folder that holds several concepts, each is compared with its own training images; metrics.json
+has their scores under "concepts", and above them
+
+    S = mean over classes of the mean over a class's sub-classes
+
+with a standard error over classes, the standard deviation of their means / sqrt(their number): not
+over prompts. `n` and `unit` say so. Where there is one class, its sub-classes take that place.
 """
 
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -21,11 +29,13 @@ from PIL import Image
 
 from lyco_lab import tracking
 from lyco_lab.config import Run
+from lyco_lab.data.concepts import Concept
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion.model import quiet
 from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
+from lyco_lab.evaluate.attributes import CONCEPT_FAMILY
 from lyco_lab.evaluate.base import Encoded, Images, Judges, Score, View
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table, scored
@@ -35,6 +45,7 @@ from lyco_lab.record import Record, atomic
 
 STAGE = "evaluate"
 REAL = "real"
+CONCEPTS = "concepts"  # in metrics.json, above their names
 
 Found = dict[str, dict[str, Score]]  # prompt type -> score
 Summary = dict[str, dict[str, dict[str, Any]]]  # prompt type -> score -> mean, standard_error, ...
@@ -50,29 +61,86 @@ def evaluate(run: Run, record: Record) -> None:
     made, before = read_table(record.path / GENERATED), read_table(base)
     check_pairs(made, before, record.path, base)
     images = dataset(run, record)
-    rule = run.evaluate.trigger_in_text
-    real = Encoded(images.images(side_of(made)), judges)
+    rule, side, groups = run.evaluate.trigger_in_text, side_of(made), by_concept(made, images)
     references = base / f"references-{rule}.json"
     missing = not references.is_file()
 
-    found: Found = {}
-    found_base: Found = {}
-    for kind in track(list(dict.fromkeys(made["kind"])), f"{run.name}: evaluate"):
-        rows, rows_base = made[made["kind"] == kind], before[before["kind"] == kind]
+    found: list[Found] = [{} for _ in groups]
+    found_base: list[Found] = [{} for _ in groups]
+    found_real: list[Found] = [{} for _ in groups]
+    todo = [(i, kind) for i, (_, rows) in enumerate(groups) for kind in dict.fromkeys(rows["kind"])]
+    for i, kind in track(todo, f"{run.name}: evaluate"):
+        concept, mine = groups[i]
+        if not found[i]:  # the former concept's images are let go
+            shown = images.part(concept.rows)
+            real = Encoded(shown.images(side), judges)
+            if missing:
+                found_real[i][REAL] = measure(view_of_dataset(shown, real, rule))
+        theirs = before.loc[mine.index]  # line by line the same prompts
+        rows, rows_base = mine[mine["kind"] == kind], theirs[theirs["kind"] == kind]
         partner = Encoded(read_images(rows_base["file"].tolist()), judges)
         ours = Encoded(read_images(rows["file"].tolist()), judges)
-        found[kind] = measure(view_of(rows, ours, real, partner, rule))
+        found[i][kind] = measure(view_of(rows, ours, real, partner, rule))
         if missing:
-            found_base[kind] = measure(view_of(rows_base, partner, real, partner, rule))
+            found_base[i][kind] = measure(view_of(rows_base, partner, real, partner, rule))
+    several = [concept for concept, _ in groups] if len(images.concepts) > 1 else []
     if missing:
-        found_real = {REAL: measure(view_of_dataset(images, real, rule))}
-        write_json(references, {"base": summary(found_base), REAL: summary(found_real)})
-    per_image = table_of(made, found, record.path)
+        write_json(references, {"base": told(found_base, several), REAL: told(found_real, several)})
+    per_image = table_of(made, [rows for _, rows in groups], found, record.path)
     with atomic(folder / "images.parquet") as temporary:
         per_image.to_parquet(temporary, index=False)
-    write_json(folder / "metrics.json", summary(found))
-    show(run, record, per_image, summary(found))
+    scores = told(found, several)
+    write_json(folder / "metrics.json", scores)
+    show(run, record, per_image, {kind: scores[kind] for kind in dict.fromkeys(made["kind"])})
     record.finish(STAGE, images=len(made), references=f"{base.name}/{references.name}")
+
+
+def by_concept(made: pd.DataFrame, images: Dataset) -> list[tuple[Concept, pd.DataFrame]]:
+    """Each concept that was drawn, with the rows of its images."""
+    if len(images.concepts) == 1:
+        return [(images.concepts[0], made)]
+    known = {concept.name: concept for concept in images.concepts}
+    found = [(name, rows) for name, rows in made.groupby("concept", sort=False)]
+    for name, _ in found:
+        if name not in known:
+            raise UserError(
+                f"images were made of {name!r}, which is none of the concepts in {images.folder}: "
+                f"they are {', '.join(known)}; delete the run's folder {GENERATED} and run again"
+            )
+    return [(known[name], rows) for name, rows in found]
+
+
+def told(found: Sequence[Found], several: Sequence[Concept]) -> dict[str, Any]:
+    """Scores as JSON has them; of several concepts their means, and their own below "concepts"."""
+    if not several:
+        return summary(found[0])
+    names = [concept.name for concept in several]
+    return {
+        **summary(means(found, [concept.class_name for concept in several])),
+        CONCEPTS: {name: summary(each) for name, each in zip(names, found, strict=True)},
+    }
+
+
+def means(found: Sequence[Found], classes: Sequence[str]) -> Found:
+    """Over the classes, each the mean over its sub-classes; where there is one class, over these.
+
+    A concept to which a score does not apply has no part in its mean.
+    """
+    unit: Literal["class", "concept"] = "class"
+    if len(set(classes)) in (1, len(classes)):
+        unit, classes = "concept", [str(i) for i in range(len(classes))]
+    over: Found = {}
+    for kind in dict.fromkeys(kind for each in found for kind in each):
+        by_score: dict[str, dict[str, list[float]]] = {}
+        for each, name in zip(found, classes, strict=True):
+            for score, value in each.get(kind, {}).items():
+                if value.n:
+                    by_score.setdefault(score, {}).setdefault(name, []).append(value.mean)
+        over[kind] = {
+            score: Score(tuple(map(float, map(np.mean, by_class.values()))), tuple(by_class), unit)
+            for score, by_class in by_score.items()
+        }
+    return over
 
 
 def show(run: Run, record: Record, per_image: pd.DataFrame, scores: Summary) -> None:
@@ -105,7 +173,7 @@ def view_of(rows: pd.DataFrame, images: Encoded, real: Encoded, base: Encoded, r
         texts=rows[f"scored_{rule}"].tolist(),
         prompts=rows["prompt"].tolist(),
         attributes=[json.loads(text) for text in rows["attributes"]],
-        concepts=rows["concept"].tolist(),
+        concepts=[named(name, images.judges) for name in rows["concept"]],
     )
 
 
@@ -120,7 +188,7 @@ def view_of_dataset(images: Dataset, real: Encoded, rule: str) -> View:
         texts=[scored(i.caption, i.trigger, i.class_word)[rule] for i in items],
         prompts=images.captions,
         attributes=[known(i.attributes, real.judges) for i in items],
-        concepts=[known({"concept": i.concept}, real.judges).get("concept", "") for i in items],
+        concepts=[named(i.concept, real.judges) for i in items],
     )
 
 
@@ -128,6 +196,11 @@ def known(attributes: Any, judges: Judges) -> dict[str, str]:
     """What the oracle can be asked of a folder's own labels, which may speak another language."""
     words = judges.vocabulary
     return {f: v for f, v in attributes.items() if f in words and v in words[f]}
+
+
+def named(concept: str, judges: Judges) -> str:
+    """What the oracle calls a concept; "" where it has no word for it."""
+    return known({CONCEPT_FAMILY: concept}, judges).get(CONCEPT_FAMILY, "")
 
 
 def summary(found: Found) -> Summary:
@@ -150,15 +223,18 @@ def summary(found: Found) -> Summary:
     }
 
 
-def table_of(made: pd.DataFrame, found: Found, root: Path) -> pd.DataFrame:
+def table_of(
+    made: pd.DataFrame, groups: Sequence[pd.DataFrame], found: Sequence[Found], root: Path
+) -> pd.DataFrame:
     """One row per image with every score that is about an image."""
     parts = []
-    for kind, scores in found.items():
-        part = made[made["kind"] == kind].copy()
-        for name, score in scores.items():
-            if score.unit == "image":
-                part[name] = np.array(score.values)
-        parts.append(part)
+    for rows, kinds in zip(groups, found, strict=True):
+        for kind, scores in kinds.items():
+            part = rows[rows["kind"] == kind].copy()
+            for name, score in scores.items():
+                if score.unit == "image":
+                    part[name] = np.array(score.values)
+            parts.append(part)
     table = pd.concat(parts, ignore_index=True)
     table["file"] = [str(Path(file).relative_to(root)) for file in table["file"]]
     return table
@@ -166,7 +242,7 @@ def table_of(made: pd.DataFrame, found: Found, root: Path) -> pd.DataFrame:
 
 def check_pairs(made: pd.DataFrame, before: pd.DataFrame, run: Path, base: Path) -> None:
     """The style loss compares image with image: prompts and seeds must agree line by line."""
-    columns = ["kind", "index", "prompt", "seed"]
+    columns = ["concept", "kind", "index", "prompt", "seed"]
     if not made[columns].equals(before[columns]):
         raise UserError(
             f"the images in {run / GENERATED} and in {base} were not made from the same prompts "

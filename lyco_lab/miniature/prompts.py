@@ -33,6 +33,7 @@ class Prompt:
     """`scored_text` maps the handling of the trigger to the text that a picture is scored with:
 
     keep: the prompt as it is; class: without the trigger; drop: without trigger and class word.
+    `folder`: where the images of its concept lie, if there are several.
     """
 
     kind: str
@@ -41,6 +42,7 @@ class Prompt:
     scored_text: Mapping[str, str]
     attributes: Mapping[str, str]
     concept: str
+    folder: str = ""
 
 
 def prompts(name: str, kind: str, count: int, seed: int = 0) -> list[Prompt]:

@@ -33,12 +33,13 @@ def findings(results: pd.DataFrame, verdicts: list[Verdict]) -> list[Finding]:
     return found
 
 
-def caveat(seeds: int) -> str:
-    """What the findings cannot say."""
+def caveat(seeds: int, *, several: bool = False) -> str:
+    """What the findings cannot say. `several`: concepts in one folder."""
+    what = "concepts, where a folder holds several, or prompts" if several else "prompts"
     if seeds > 1:
-        return f"{seeds} seeds per configuration; standard errors are over prompts."
+        return f"{seeds} seeds per configuration; standard errors are over {what}."
     return (
-        "One seed per configuration. Standard errors are over prompts: how much another seed "
+        f"One seed per configuration. Standard errors are over {what}: how much another seed "
         "would change is not known here."
     )
 

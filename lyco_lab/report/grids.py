@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from PIL import Image
 
 COLUMNS = {"train": 1, "trigger": 2, "alter": 4, "style": 2}  # how many prompts of each type
 FILLER = "alter"  # shown more often where another type is missing
-SAME = ["kind", "index", "prompt", "seed"]  # what a column of pictures has in common
+SAME = ["concept", "kind", "index", "prompt", "seed"]  # what a column of pictures has in common
 LARGEST = 256  # pixels; larger images are shown reduced, as the page carries all of them
 
 
@@ -25,6 +26,7 @@ class Column:
     prompt: str
     seed: int
     index: int
+    concept: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,10 @@ class Grid:
 
 
 def choose_columns(tables: Sequence[pd.DataFrame]) -> tuple[Column, ...]:
-    """A few prompts of each type that all models were given, different ones as far as there are."""
+    """A few prompts of each type that all models were given, different ones as far as there are.
+
+    Of several concepts, different ones too.
+    """
     images = tables[0]
     for other in tables[1:]:
         images = images.merge(other[SAME], on=SAME)
@@ -66,10 +71,11 @@ def choose_columns(tables: Sequence[pd.DataFrame]) -> tuple[Column, ...]:
     for kind in kinds:
         rows = images[images["kind"] == kind]
         first = rows.drop_duplicates("prompt")
+        first = first.iloc[np.argsort(first.groupby("concept").cumcount(), kind="stable")]
         wanted = COLUMNS[kind] + spare * (kind == FILLER)
-        chosen = pd.concat([first, rows.drop(first.index)]).head(wanted).sort_values("index")
+        chosen = pd.concat([first, rows.drop(first.index)]).head(wanted).sort_index()
         columns += [
-            Column(kind, row["prompt"], int(row["seed"]), int(row["index"]))
+            Column(kind, row["prompt"], int(row["seed"]), int(row["index"]), row["concept"])
             for row in chosen.to_dict("records")
         ]
     return tuple(columns)
@@ -79,9 +85,12 @@ def model_row(
     label: str, role: str, series: int, images: pd.DataFrame, columns: Sequence[Column]
 ) -> GridRow:
     """One model's images of the columns' prompts."""
-    files = images.set_index(["kind", "index"])["file"]
+    files = images.set_index(["concept", "kind", "index"])["file"]
     cells = [
-        Cell(data_uri(Path(files[c.kind, c.index])), f"{label}: {c.prompt} (seed {c.seed})")
+        Cell(
+            data_uri(Path(files[c.concept, c.kind, c.index])),
+            f"{label}: {c.prompt} (seed {c.seed})",
+        )
         for c in columns
     ]
     return GridRow(label, role, series, tuple(cells))

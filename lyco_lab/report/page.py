@@ -15,7 +15,7 @@ import pandas as pd
 from markupsafe import Markup
 
 from lyco_lab.analyse.gamma_pair import Verdict, exact
-from lyco_lab.analyse.table import BASE, concept_name, quoted, record_of, study_folder
+from lyco_lab.analyse.table import BASE, over, quoted, record_of, study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import dataset
 from lyco_lab.fold import whose
@@ -53,15 +53,16 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
     by_name = {run.name: short_name(run) for run in study.runs}
     results = results.assign(label=[NAMES.get(n, by_name.get(n, n)) for n in results["run"]])
     forms = {column: form_of(results[column]) for column in quoted()}
+    means = {name: over(record_of(m[0], root)) for name, m in by_concept(study).items()}
     html = _template().render(
         study=study,
         legend=list(numbers.items()),
         findings=findings(results, list(verdicts)),
-        caveat=caveat(len({run.seed for run in study.runs})),
+        caveat=caveat(len({run.seed for run in study.runs}), several=any(means.values())),
         shared=list(filter(None, (whose(run, root) for run in study.runs))),
         heads=[(m, kind, forms[column].unit) for column, (m, kind) in quoted().items()],
         tables=[
-            (concept, str(rows["category"].iloc[0]), table_rows(rows, numbers, forms))
+            (concept, about(rows, means[concept]), table_rows(rows, numbers, forms))
             for concept, rows in results.groupby("concept", sort=False)
         ],
         grids=[grid(members, root, numbers) for members in by_concept(study).values()],
@@ -77,9 +78,14 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
     return path
 
 
+def about(rows: pd.DataFrame, means: str) -> str:
+    """What stands beside the name of some rows: the category, and what they are means of."""
+    return ", ".join(filter(None, (str(rows["category"].iloc[0]), means)))
+
+
 def short_name(run: Run) -> str:
     """The run's name without its concept, which every place on the page shows anyway."""
-    parts = [part for part in run.name.split("-") if part != concept_name(run)]
+    parts = [part for part in run.name.split("-") if part != run.data.title]
     return "-".join(parts) or run.name
 
 
@@ -91,7 +97,7 @@ def series(study: Study) -> dict[str, int]:
 def by_concept(study: Study) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for run in study.runs:
-        found.setdefault(concept_name(run), []).append(run)
+        found.setdefault(run.data.title, []).append(run)
     return found
 
 
@@ -109,7 +115,7 @@ def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:
     for run, made in zip(members, tables, strict=True):
         label = short_name(run)
         rows.append(grids.model_row(label, "run", numbers[label], made, columns))
-    return grids.Grid(concept_name(members[0]), images.category, columns, tuple(rows))
+    return grids.Grid(members[0].data.title, images.category, columns, tuple(rows))
 
 
 def scatters(results: pd.DataFrame, numbers: dict[str, int]) -> list[Chart]:

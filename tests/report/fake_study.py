@@ -177,7 +177,7 @@ def make(
         images = dataset(run, record)
         for item, image in zip(images.items, images.images(64), strict=True):
             truths[key(image)] = {**item.attributes, "concept": item.concept}
-        painter = Painter(run, ask(run, images), truths)
+        painter = Painter(run, ask(run, images.concepts), truths)
         short = run.name.removesuffix(f"-{run.data.concept}")
         merging = {"unet": Merging(painter, SKILLS[short])}
         monkeypatch.setattr(generate_module, "load", lambda folder, painter=painter: painter)
