@@ -25,7 +25,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from lyco_lab.config.asked import Asked
 from lyco_lab.data.concepts import Concept
 from lyco_lab.data.stage import dataset
 from lyco_lab.diffusion import word
+from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.formats import embedding, kohya
@@ -51,6 +52,7 @@ from lyco_lab.train import embedding_file
 
 STAGE = "generate"
 TABLE = "images.parquet"
+PIECES = "at_once.json"  # is there once memory ran out
 GRID_SIDE = 4  # of the sample grids shown in W&B, in images
 
 # What a concept's descriptor "{}" is put into, by the concept's category; "" is plain enough for a
@@ -193,7 +195,10 @@ def generate(run: Run, record: Record) -> None:
             mounted.eval()
     render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate")
     show(run, record)
-    record.finish(STAGE, images=len(asked), base=base.name)
+    cut = {"at_once": pieces(record.path / STAGE), "base_at_once": pieces(base)}
+    record.finish(
+        STAGE, images=len(asked), base=base.name, **{key: asdict(p) for key, p in cut.items()}
+    )
 
 
 def ask(run: Run, concepts: Sequence[Concept]) -> list[Prompt]:
@@ -311,26 +316,47 @@ def render(
     """Images as PNG, then the table that says the folder is whole.
 
     Batches are always cut at the same places: an image depends on its batch in the last bits, and
-    a stage that was interrupted has to end with the images it would have made at once.
+    a stage that was interrupted has to end with the images it would have made at once. Where
+    memory ran out, batches are drawn in pieces, and images differ in the last bits from those of a
+    machine with more. The size of the pieces is kept in the folder, so this stage still ends the
+    same after an interruption, as long as memory runs out at the same batch.
     """
-    size = run.generate.batch_size
+    size, at_once = run.generate.batch_size, pieces(folder)
     of_one = [list(group) for _, group in itertools.groupby(asked, lambda p: p.folder)]
     batches = [g[i : i + size] for g in of_one for i in range(0, len(g), size)]
     for batch in track(batches, title):
         paths = [image_path(folder, prompt) for prompt in batch]
         if all(path.is_file() for path in paths):
             continue
-        images = diffusion.sample(
-            [prompt.text for prompt in batch],
-            [run.generate.seed + prompt.index for prompt in batch],
-            steps=run.generate.steps,
-            guidance=run.generate.guidance,
-        )
+        before = replace(at_once)
+        try:
+            images = diffusion.sample(
+                [prompt.text for prompt in batch],
+                [run.generate.seed + prompt.index for prompt in batch],
+                steps=run.generate.steps,
+                guidance=run.generate.guidance,
+                at_once=at_once,
+            )
+        except NoMemory as error:
+            raise NoMemory(
+                f"{error}, so no generate.batch_size is small enough (it is {size}): end what else "
+                "uses that memory, ask for fewer --workers, or draw on the processor, with "
+                "CUDA_VISIBLE_DEVICES= in front of the command"
+            ) from None
+        if at_once != before:  # first of all: what is drawn again is to be cut likewise
+            with atomic(folder / PIECES) as temporary:
+                temporary.write_text(json.dumps(asdict(at_once)) + "\n")
         for path, image in zip(paths, images, strict=True):
             write_image(path, image)
     table = pd.DataFrame([row(prompt, run.generate.seed) for prompt in asked])
     with atomic(folder / TABLE) as temporary:
         table.to_parquet(temporary, index=False)
+
+
+def pieces(folder: Path) -> AtOnce:
+    """The pieces in which this folder's batches are drawn."""
+    file = folder / PIECES
+    return AtOnce(**json.loads(file.read_text())) if file.is_file() else AtOnce()
 
 
 def show(run: Run, record: Record) -> None:

@@ -22,6 +22,7 @@ from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
 from lyco_lab.generate import (
     ALTER,
+    PIECES,
     STYLE,
     ask,
     base_folder,
@@ -34,6 +35,7 @@ from lyco_lab.generate import (
 )
 from lyco_lab.record import Record
 from lyco_lab.seeds import generator
+from tests.short_of_memory import limited
 from tests.strategies import seeds
 
 STEPS, GUIDANCE, FIRST_SEED = 3, 3.0, 40
@@ -172,6 +174,63 @@ def test_an_interrupted_stage_ends_with_the_images_it_would_have_made(
     generate(run, record)
     assert pictures(record.path / "generate") == pictures(whole.path / "generate")
     assert record.facts("generate")["images"] == 4
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_batches_that_do_not_fit_are_drawn_in_pieces_also_after_an_interruption(
+    generated, tmp_path, monkeypatch, interrupted
+):
+    """Batches of 3 and 1, of which 2 fit: the same as with pieces of 2 from the beginning."""
+    run, whole = generated
+    record, expected = trained(run, tmp_path / "a"), trained(run, tmp_path / "b")
+    for folder in (expected.path / "generate", base_folder(run, expected)):
+        folder.mkdir(parents=True)
+        (folder / PIECES).write_text('{"drawn": 2, "decoded": null}')
+    generate(run, expected)
+
+    opened = generate_module.load
+
+    def small(model):
+        diffusion = opened(model)
+        limited(monkeypatch, diffusion.unet, "forward", 4)  # two for each image
+        return diffusion
+
+    monkeypatch.setattr(generate_module, "load", small)
+    if interrupted:
+        write, written = generate_module.write_image, []
+
+        def failing(path, image):
+            written.append(path)
+            if len(written) == 6:  # the second of the run's own
+                raise KeyboardInterrupt
+            write(path, image)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(generate_module, "write_image", failing)
+            generate(run, record)
+    generate(run, record)
+    assert pictures(record.path / "generate") == pictures(expected.path / "generate")
+    assert pictures(base_folder(run, record)) == pictures(base_folder(run, expected))
+    pieces = {"drawn": 2, "decoded": None}
+    facts = record.facts("generate")
+    assert facts["at_once"] == facts["base_at_once"] == pieces
+    assert whole.facts("generate")["at_once"] == {"drawn": None, "decoded": None}
+
+
+def test_where_not_even_one_fits_the_error_says_what_helps(generated, tmp_path, monkeypatch):
+    run, _ = generated
+    record, opened = trained(run, tmp_path), generate_module.load
+
+    def small(model):
+        diffusion = opened(model)
+        limited(monkeypatch, diffusion.vae, "decode", 0)
+        return diffusion
+
+    monkeypatch.setattr(generate_module, "load", small)
+    needed = r"single image of 64 x 64 pixels, so no generate.batch_size .* \(it is 3\).*--workers"
+    with pytest.raises(UserError, match=needed):
+        generate(run, record)
+    assert not record.done("generate") and not pictures(tmp_path)
 
 
 def test_another_run_finds_the_base_models_images_made(generated, tiny_sd, tiny_concept):

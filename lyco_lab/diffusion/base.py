@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from lyco_lab.diffusion import long_text
+from lyco_lab.diffusion.memory import AtOnce
 from lyco_lab.diffusion.objective import Objective
 from lyco_lab.diffusion.source import Source
 
@@ -213,17 +214,38 @@ class Diffusion(abc.ABC):
         steps: int,
         guidance: float,
         size: tuple[int, int] | None = None,
+        at_once: AtOnce | None = None,
     ) -> NDArray[np.uint8]:
         """One image per prompt, each from its own seed whatever the batch around it.
 
-        `size`: height and width in pixels; None: as the model was trained.
+        `size`: height and width in pixels; None: as the model was trained. Where memory runs out,
+        fewer are drawn `at_once`, which is then lower. The batch around an image still moves its
+        last bits.
         """
         height, width = size or (self.image_size, self.image_size)
+        at_once, one = at_once or AtOnce(), f"{width} x {height} pixels"
+
+        def draw(part: slice) -> Tensor:
+            return self._latents(prompts[part], seeds[part], steps, guidance, height, width)
+
+        latents_NCHW = torch.cat(at_once.draw(len(prompts), draw, one))
+        images = at_once.decode(len(prompts), lambda p: self.decode_images(latents_NCHW[p]), one)
+        return np.concatenate(images)
+
+    def _latents(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> Tensor:
         told: dict[str, Tensor] = {}
         for kind, texts in (("", prompts), ("negative_", [""] * len(prompts))):
             said = self.encode_text(texts)
             told |= {f"{kind}{PROMPTS[name]}": rows for name, rows in said.items()}
-        latents_NCHW = self.pipeline()(
+        latents_NCHW: Tensor = self.pipeline()(
             **told,
             num_inference_steps=steps,
             guidance_scale=guidance,
@@ -232,7 +254,7 @@ class Diffusion(abc.ABC):
             width=width,
             output_type="latent",
         ).images
-        return self.decode_images(latents_NCHW)
+        return latents_NCHW
 
     @torch.no_grad()
     def decode_images(self, latents_NCHW: Tensor) -> NDArray[np.uint8]:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from lyco_lab.config import Run
 from lyco_lab.data.batches import Batch
+from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.errors import Interrupted
 from lyco_lab.progress import Bar
 from lyco_lab.record import atomic
@@ -97,28 +98,39 @@ def shown(row: Row) -> dict[str, float]:
 
 @dataclass
 class Samples(lightning.Callback):
-    """Every `sample_every` steps, images of the first captions, always from the same noise."""
+    """Every `sample_every` steps, images of the first captions, always from the same noise.
+
+    If not even one fits into memory beside what trains, there are none from then on.
+    """
 
     run: Run
     captions: Sequence[str]
     folder: Path
     tracker: Tracker
+    at_once: AtOnce = field(default_factory=AtOnce)
+    fit: bool = True
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         done, every = batch.step + 1, self.run.train.sample_every
-        if every is None or done % every or not batch.last:
+        if every is None or done % every or not batch.last or not self.fit:
             return
         prompts = list(dict.fromkeys(self.captions))[:SAMPLES]
         how = self.run.generate
-        with module.exported():
-            images = module.diffusion.sample(
-                prompts,
-                [how.seed + i for i in range(len(prompts))],
-                steps=how.steps,
-                guidance=how.guidance,
-            )
+        try:
+            with module.exported():
+                images = module.diffusion.sample(
+                    prompts,
+                    [how.seed + i for i in range(len(prompts))],
+                    steps=how.steps,
+                    guidance=how.guidance,
+                    at_once=self.at_once,
+                )
+        except NoMemory as error:
+            self.fit = False
+            print(f"{error}: training goes on without samples from step {done} on")
+            return
         row = side_by_side(images)
         with atomic(self.folder / f"step{done:08d}.png") as temporary:
             Image.fromarray(row).save(temporary, format="PNG")

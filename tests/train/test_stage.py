@@ -13,9 +13,10 @@ from lyco_lab.diffusion.model import load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
 from lyco_lab.record import Record
-from lyco_lab.train import train
+from lyco_lab.train import stage, train
 from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.module import Training
+from tests.short_of_memory import limited
 from tests.wandb_offline import offline_runs
 
 
@@ -112,6 +113,31 @@ def test_samples_are_drawn_and_disturb_nothing(trained, results):
     with Image.open(files[0]) as image:
         assert image.size == (3 * 64, 64)  # three different captions
     assert not (plain.path / "train" / "samples").exists()
+
+
+@pytest.mark.parametrize("fit", [1, 0])
+def test_samples_that_do_not_fit_into_memory_disturb_nothing(trained, monkeypatch, capsys, fit):
+    """Drawn one by one, or else left out, which is said once."""
+    settings = {"steps": 6, "ema_decay": 0.8, "batch_size": 1}
+    _, plain = trained("a", **settings)
+    opened = stage.load
+
+    def small(*arguments):
+        diffusion = opened(*arguments)
+        limited(monkeypatch, diffusion.vae, "decode", fit)
+        return diffusion
+
+    monkeypatch.setattr(stage, "load", small)
+    _, sampled = trained("b", **settings, sample_every=2)
+    assert rows(plain) == rows(sampled)
+    for name, factor in factors(plain).items():
+        assert torch.equal(factor, factors(sampled)[name])
+    files = list((sampled.path / "train").glob("samples/*.png"))
+    said = capsys.readouterr().out
+    assert said.count("while decoding 3 images at once: now 2") == 1
+    assert (len(files), said.count("training goes on without samples from step 2 on")) == (
+        (3, 0) if fit else (0, 1)
+    )
 
 
 def test_the_average_is_what_is_exported(begin, monkeypatch):
