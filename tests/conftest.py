@@ -13,6 +13,9 @@ import tests.strategies  # noqa: F401  # its Hypothesis profile, for every test
 TRIGGER, CLASS = "sks", "circle"
 
 
+torch.set_num_threads(1)  # a module's fixtures are made before a test's
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """The machine's other work decides how fast two threads are; and one adds up in one order."""
