@@ -270,8 +270,10 @@ def folder_prompts(concept: Concept, kind: str, count: int) -> list[Prompt]:
     elif not descriptor:
         raise UserError(
             f"prompts of type {kind!r} need the words that stand for {concept.name!r}: begin each "
-            f"of its {len(concept.captions)} captions with the same 'trigger class,', leave it out "
-            "with generate.concepts, or ask for generate.types=[train] only"
+            f"of its {len(concept.captions)} captions with the same 'trigger class,', list its "
+            "trigger and class_word in manifest.jsonl, leave it out with {names: "
+            f"[{concept.name}], drawn: false}} in generate.concepts, or ask for "
+            "generate.types=[train] only"
         )
     elif kind == "trigger":
         texts = [descriptor]

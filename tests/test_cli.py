@@ -237,7 +237,7 @@ def test_a_concept_is_counted_as_its_folder_would_be(tmp_path, repeats, limit):
     written = folder.read(tmp_path, repeats, limit)
     data = Data(concept="falls", repeats=repeats, limit=limit)
     counted = dry_run._count(Run(name="r", study="s", data=data))
-    assert counted == (len(written.items), written.samples_per_epoch)
+    assert counted[:2] == (len(written.items), written.samples_per_epoch)
 
 
 def test_run_does_every_stage_of_every_run_and_shows_the_outcome(lyco_lab, study, stages):

@@ -9,11 +9,14 @@ import pytest
 from typer.testing import CliRunner
 
 from lyco_lab import cli, costs
-from lyco_lab.config import load_study
+from lyco_lab.config import Data, Model, load_study
+from lyco_lab.data.stage import look
 from lyco_lab.dry_run import plan
 from lyco_lab.errors import UserError
 from lyco_lab.gamma import classes
+from lyco_lab.generate import ask
 from lyco_lab.lacking import lacking
+from tests.data import pictures
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "paper" / "sd15"
 # kind, size, alpha or None where it has no effect, preset, learning rate: the paper's appendix D.
@@ -130,7 +133,7 @@ def test_the_classes_are_the_papers(study):
     samples = sum(int(row["images"]) * int(row["repeats"]) for row in rows)
     assert samples == 5560
     assert {run.train.steps for run in study.runs} == {50 * samples // 8}
-    assert {run.generate.images_per_type for run in study.runs} == {1706}
+    assert {run.generate.images_per_type for run in study.runs} == {100}
     images = {}
     for row in rows:
         images[row["category"]] = images.get(row["category"], 0) + int(row["images"])
@@ -192,12 +195,41 @@ def test_estimates_are_sums(first_seeds):
     runs = first_seeds.study.runs[:2]
     study = replace(first_seeds.study, runs=runs)
     plans = plan(study, first_seeds.models, first_seeds.images)
-    said = "\n".join(costs.estimates(study, plans))
+    said = "\n".join(costs.estimates(study, plans, {}))
+    assert "generating: images, and those of the base model (? concepts x 4 types x 100" in said
     assert f"{2 * 34750:,} steps, {2 * 34750 * 8:,} samples" in said
     adapters = sum(each.params for each in plans) * 4 / 2**30
     assert f"disk: {adapters:.1f} GiB" in said
     assert "hours: 10 of training for 2 runs" in said  # 4.9 + 5
     assert [each.images for each in plans] == [0, 0]
+
+
+def test_of_the_43_sub_classes_39_are_drawn(study, tmp_path):
+    """14,900 images of a checkpoint, as the paper says."""
+    with (FOLDER / "classes.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["class"] for row in rows]
+    for row in rows:
+        number = names.index(row["class"])
+        folder = tmp_path / "in" / f"{row['repeats']}_{row['class'].lower()}" / row["sub_class"]
+        tag = f", {row['sub_class']}" if row["sub_class"] not in ("", "others") else ""
+        for i in range(2):
+            caption = f"v{number} thing{tag}, tag {i}"
+            pictures.image(folder / f"{i}.png", seed=number, caption=caption)
+    run = replace(study.runs[0], model=Model(), data=Data(folder=str(tmp_path / "in")))
+    small = replace(study, runs=(run,))
+    (planned,) = plan(small)
+    assert (planned.images, planned.concepts, planned.drawn) == (86, 39, 14_900)
+    said = "\n".join(costs.estimates(small, [planned], {}))
+    assert "39 concepts x 4 types x 100 - 700 (a style is not drawn in styles) = 14,900" in said
+    asked = ask(run, look(run).concepts)
+    evaluated = {
+        "/".join(filter(None, (row["class"].lower(), row["sub_class"])))
+        for row in rows if row["evaluated"] == "1"
+    }  # fmt: skip
+    assert {prompt.concept for prompt in asked} == evaluated
+    descriptors = {p.text for p in asked if p.kind == "trigger"}
+    assert len(descriptors) == 39  # no two are asked for in the same words
 
 
 def test_the_dry_run_goes_to_its_end_without_weights_and_images(one, tmp_path, monkeypatch):
