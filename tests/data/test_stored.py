@@ -260,6 +260,51 @@ def test_captions_that_are_cut_are_counted_by_image(tmp_path, diffusion, begin):
     assert begin(diffusion).cut_captions == 2
 
 
+@pytest.fixture(scope="module")
+def longer(tiny_sd):
+    """longer(60) -> a model that reads so many tokens of a caption, 30 at once."""
+    return lambda tokens: load(ModelSettings(path=str(tiny_sd), max_token_length=tokens))
+
+
+def test_captions_are_kept_at_each_length_by_itself(tmp_path, begin, longer, encoded):
+    """Whatever other lengths there are in the cache beside it, and counted where they are cut."""
+    root = pictures.folder(tmp_path / "in")
+    for number, length in enumerate((30, 31, 61)):
+        (root / f"{number}.txt").write_text("ab" * (length // 2) + "a" * (length % 2))
+    seen = []
+    for tokens, cut, new in ((None, 2, 4), (30, 2, 0), (60, 1, 4), (90, 0, 4), (60, 1, 0)):
+        model, before = longer(tokens), encoded["captions"]
+        stored = begin(model)
+        assert (stored.cut_captions, encoded["captions"] - before) == (cut, new)
+        for dropout in (0.0, 1.0):
+            batch = batch_of(stored, dropout=dropout)
+            captions = stored.index.captions()
+            said = ["" if dropout else captions[i] for i in batch.indices_B.tolist()]
+            hidden = model.encode_text(said)["hidden"]
+            assert batch.text["hidden"].shape == (4, (tokens or 30) + 2, 32)
+            torch.testing.assert_close(batch.text["hidden"], hidden)
+        seen.append(stored.text_print)
+    assert seen[0] == seen[1] and seen[2] == seen[4] and len(set(seen)) == 3
+
+
+@pytest.mark.parametrize("drawn", [{"shuffle_tags": True}, {"text_encoder": True}], ids=str)
+def test_long_captions_that_are_read_in_each_step_are_of_all_chunks(
+    tmp_path, begin, longer, encoded, drawn
+):
+    root = pictures.folder(tmp_path / "in", SIZES[:1])
+    (root / "0.txt").write_text("abcdefghijklmnopqrstuvwxyz, " * 2 + "ABC")
+    model = longer(60)
+    stored = begin(model, **drawn)
+    orders = {tuple(batch_of(stored, step, size=1).text["ids"][0].tolist()) for step in range(20)}
+    z = "abcdefghijklmnopqrstuvwxyz"
+    tags = [[z, z, "ABC"], [z, "ABC", z], ["ABC", z, z]][: 3 if "shuffle_tags" in drawn else 1]
+    said = model.tokenize([", ".join(one) for one in tags])["ids"].tolist()
+    assert orders == {tuple(ids) for ids in said}
+    dropped = batch_of(stored, size=1, dropout=1.0).text["ids"]
+    assert torch.equal(dropped, model.tokenize([""])["ids"]) and dropped.shape == (1, 64)
+    assert stored.cut_captions == 0 and encoded["captions"] == 0
+
+
 def test_each_source_may_drop_captions_at_its_own_rate(tmp_path, diffusion, begin):
     for name in "ab":
         pictures.folder(tmp_path / name)

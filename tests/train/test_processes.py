@@ -21,6 +21,7 @@ from tests.train.test_stage import factors, rows
 SETTINGS = {"steps": 8, "checkpoint_every": 4, "lr": 1e-2, "noise_offset": 0.1}
 OTHERS = {
     "accumulate": 2, "ema_decay": 0.8, "text_encoder": True, "gradient_checkpointing": True,
+    "max_token_length": 60,
 }  # fmt: skip
 
 
