@@ -101,17 +101,20 @@ class Rounding(lightning.Callback):
     """Moves what a step computes with by one rounding, to see what training makes of that.
 
     Each entry of each factor is off by half a unit in the last place, up or down at random, while
-    the gradient is computed, and so is each entry of the gradient. `unit` is that of the coarsest
-    numbers that a step computes with.
+    the gradient is computed, and so is each entry of the gradient. Numbers that all entries share,
+    gamma and the learning rate, are rounded too: so all entries of a factor are together off by as
+    much once more, and so is its step. `unit` is that of the coarsest numbers that a step computes
+    with.
     """
 
     unit: float
     seed: int
+    number: int  # of several such runs
     kept: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
-        self.rng = generator(self.seed, "rounding", batch.step)
+        self.rng = generator(self.seed, "rounding", batch.step, self.number)
         factors = list(module.factors().values())
         self.kept = [factor.detach().clone() for factor in factors]
         for factor in factors:
@@ -124,9 +127,20 @@ class Rounding(lightning.Callback):
             if factor.grad is not None:
                 self.round(factor.grad)
 
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        for factor, kept in zip(module.factors().values(), self.kept, strict=True):
+            factor.add_((factor - kept) * self.unit * self.ups(1))
+
     def round(self, tensor: Tensor) -> None:
-        up = torch.randint(2, tensor.shape, generator=self.rng).to(tensor) - 0.5
-        tensor.mul_(1 + self.unit * up)
+        tensor.mul_(1 + self.unit * self.ups(*tensor.shape).to(tensor))
+        tensor.mul_(1 + self.unit * self.ups(1).to(tensor))
+
+    def ups(self, *shape: int) -> Tensor:
+        """Half up or half down, at random."""
+        return torch.randint(2, shape, generator=self.rng) - 0.5
 
 
 class Bench:
@@ -152,15 +166,19 @@ def follow(
     *,
     strength: float = 1.0,
     unit: float | None = None,
+    number: int = 0,
     until: int | None = None,
 ) -> Trace:
-    """Train as a run does, and say what happened. `unit`: that of the roundings to be made."""
+    """Train as a run does, and say what happened.
+
+    `unit`: that of the roundings to be made; `number`: of a run with such, each has its own.
+    """
     stop, trace = Stop(), Trace()
     with stage.exact(None), stop.listening(), mounted(run, bench, strength) as (module, cached):
         trace.layers = tuple(f"{part}.{n}" for part, m in module.mounted.items() for n in m.layers)
         between: list[lightning.Callback] = []
         if unit is not None:
-            between.append(Rounding(unit, run.seed))
+            between.append(Rounding(unit, run.seed, number))
         between.append(Recorder(trace, run.train.steps, until, stop))
         try:
             stage.fit(run, module, cached, 0, between)

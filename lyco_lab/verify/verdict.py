@@ -4,20 +4,24 @@
     error of the loss   |l_A - l_R| / |l_R|
 
 Where every s is a power of two nothing is rounded differently, and a difference in one bit is a
-difference. Elsewhere A rounds what R does not, and training amplifies that, by how much nobody can
-say beforehand. So R is trained once more with a rounding added at every step (trace.Rounding), and
-the largest error that this has made up to a step is the measure of what rounding does there. A step
-rounds an entry several times where that run adds one rounding, and both are drawn at random: up to
-`ALLOWED` times the measure counts as rounding.
+difference. Elsewhere A rounds what R does not, and training amplifies that, by how much nobody
+can say beforehand. So R is trained again with a rounding added at every step (trace.Rounding), up
+to `SHADOWS` times until one explains the error: an entry of a gradient that is nearly 0 takes a
+sign by chance, and after it such runs are up to twenty times as far apart as others of their
+kind. The largest error that they have made up to a step is the measure of what rounding does
+there. A step rounds an entry several times where those runs add one rounding, and both are drawn
+at random: up to `ALLOWED` times the measure counts as rounding. A loss follows W', so of a loss
+the measure is the larger of both errors.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from lyco_lab.verify.trace import Trace
 
-ALLOWED = 10.0
+ALLOWED, SHADOWS = 10.0, 4
 
 EQUAL, ROUNDED, DIFFERENT, NONE = "EQUAL", "EQUAL to rounding", "DIFFERENT", "NOT RUN"
 
@@ -40,8 +44,8 @@ class Verdict:
         return self.word in (EQUAL, ROUNDED)
 
 
-def compare(base: Trace, other: Trace, shadow: Trace | None = None) -> Verdict:
-    """`shadow`: R with roundings added; None where bits are to be equal."""
+def compare(base: Trace, other: Trace, shadows: Sequence[Trace] = ()) -> Verdict:
+    """`shadows`: R with roundings added; none where bits are to be equal."""
     last, lost = base.steps, float("inf")
     same = Verdict(
         word=EQUAL,
@@ -49,13 +53,13 @@ def compare(base: Trace, other: Trace, shadow: Trace | None = None) -> Verdict:
         layers=len(base.layers),
         delta_error=lost if other.stopped else error(base, other, last),
         loss_error=lost if other.stopped else relative(base.losses[-1], other.losses[-1]),
-        rounding=None if shadow is None else error(base, shadow, last),
+        rounding=max((error(base, shadow, last) for shadow in shadows), default=None),
     )
     first = first_bit(base, other)
     if first is None:
         return same
-    if shadow is not None:
-        first = first_excess(base, other, shadow)
+    if shadows:
+        first = first_excess(base, other, shadows)
         if first is None:
             return replace(same, word=ROUNDED)
     return replace(same, word=DIFFERENT, first_step=first[0], first_place=first[1])
@@ -79,7 +83,7 @@ def first_bit(base: Trace, other: Trace, until: int | None = None) -> tuple[int,
     return None
 
 
-def first_excess(base: Trace, other: Trace, shadow: Trace) -> tuple[int, str] | None:
+def first_excess(base: Trace, other: Trace, shadows: Sequence[Trace]) -> tuple[int, str] | None:
     """The first step, and the place, where the two differ by more than rounding makes."""
     # What rounding has made so far: at least, of a single number, one unit in its last place.
     delta = loss = torch.finfo(torch.float32).eps
@@ -87,11 +91,11 @@ def first_excess(base: Trace, other: Trace, shadow: Trace) -> tuple[int, str] | 
         if step > other.steps:
             return step, f"the training, which stopped ({other.stopped})"
         ours = base.losses[step - 1]
-        loss = max(loss, relative(ours, shadow.losses[step - 1]))
+        loss = max(loss, delta, *(relative(ours, shadow.losses[step - 1]) for shadow in shadows))
         if relative(ours, other.losses[step - 1]) > ALLOWED * loss:
             return step, "the loss"
         if step in base.values:
-            delta = max(delta, error(base, shadow, step))
+            delta = max(delta, *(error(base, shadow, step) for shadow in shadows))
             if error(base, other, step) > ALLOWED * delta:
                 return step, farthest(base, other, step)
     return None

@@ -4,6 +4,7 @@ Cases with the same R are one job, in which R trains once.
 """
 
 import io
+import itertools
 import multiprocessing
 import os
 import tempfile
@@ -25,7 +26,7 @@ from lyco_lab.verify import cause
 from lyco_lab.verify.case import Case
 from lyco_lab.verify.table import Row
 from lyco_lab.verify.trace import Bench, Trace, follow
-from lyco_lab.verify.verdict import NONE, Verdict, compare
+from lyco_lab.verify.verdict import NONE, SHADOWS, Verdict, compare
 from lyco_lab.workers import begin
 
 Job = Sequence[tuple[int, Case]]  # with their places among all
@@ -116,7 +117,7 @@ def _work(job: Job) -> list[tuple[int, Row]]:
 def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
     """Train R, and then each A."""
     base: Trace | None = None
-    shadows: dict[float, Trace] = {}
+    shadows: dict[float, list[Trace]] = {}
     for place, case in job:
         began_s = time.monotonic()
         verdict, found = Verdict(NONE, case.base.train.steps, 0, 0.0, 0.0, None), ""
@@ -127,10 +128,11 @@ def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
                 raise UserError(f"gamma = 1: {base.stopped}")
             other = follow(case.other, bench, strength=case.strength)
             verdict = compare(base, other)
-            for unit in units(case):
-                if unit not in shadows:
-                    shadows[unit] = follow(case.base, bench, unit=unit)
-                verdict = compare(base, other, shadows[unit])
+            for unit, count in itertools.product(units(case), range(1, SHADOWS + 1)):
+                known = shadows.setdefault(unit, [])
+                if len(known) < count:
+                    known.append(follow(case.base, bench, unit=unit, number=count))
+                verdict = compare(base, other, known)
                 if verdict.equal:
                     break
             if case.claim and not verdict.equal:

@@ -66,7 +66,7 @@ def test_rounding_is_what_rounding_makes(error, word):
     ours, off = some(), torch.zeros(4, 2, 5, 3)
     off[2:] = some()[2:]
     shadow, other = trace(ours * (1 + 1e-3)), trace(ours + error * off)
-    verdict = compare(trace(ours), other, shadow)
+    verdict = compare(trace(ours), other, [trace(ours), shadow])
     assert verdict.word == word
     assert verdict.rounding == pytest.approx(1e-3, rel=1e-3)
     assert verdict.delta_error == pytest.approx(error, rel=1e-3)
