@@ -206,25 +206,31 @@ def test_what_training_apart_showed_is_said(lyco_lab, study, stages, monkeypatch
     assert "trained apart d is a up to rounding: W' differs by 1e-06" in said
 
 
-def test_dry_run_counts_what_training_would_mount(study, tiny_sd):
-    from lyco_lab.adapters.mount import attach
+@pytest.mark.parametrize("norms", ["false", "true"])
+def test_dry_run_counts_what_training_would_mount(study, norms):
     from lyco_lab.config import load_study
-    from lyco_lab.diffusion import targets
-    from lyco_lab.diffusion.model import load
     from lyco_lab.dry_run import plan
+    from lyco_lab.train import stage
 
-    loaded = load_study(study, ["model.text_encoder=true", "model.preset=full"])
-    for planned in plan(loaded):
-        parts = load(tiny_sd).parts
-        mounted = {
-            part: attach(
-                model, planned.run.adapter_value(), targets.match(model, "full", part), seed=0
-            )
-            for part, model in parts.items()
-        }
+    asked = ["model.text_encoder=true", "model.preset=full", f"model.train_norm={norms}"]
+    for planned in plan(load_study(study, asked)):
+        mounted = stage.mount(planned.run, stage.frozen(planned.run))
         assert planned.layers == {part: len(m.layers) for part, m in mounted.items()}
         count = sum(p.numel() for m in mounted.values() for p in m.parameters())
         assert planned.params == count
+
+
+@pytest.mark.parametrize(
+    ("adapter", "narrow"), [("{kind: lora, rank: 8}", 1), ("{kind: lokr, rank: 10000}", 0)]
+)
+def test_a_dry_run_tells_of_ranks_that_are_cut_down(lyco_lab, study, adapter, narrow):
+    """On `conv_out`, which has 4 outputs; full blocks have no rank."""
+    file = study / "study.yaml"
+    file.write_text(file.read_text().replace("{kind: lora, rank: 2}", adapter))
+    done = lyco_lab("run", study, "--dry-run", "model.preset=full")
+    assert done.exit_code == 0
+    said = "up to 1 of a run's layers are narrower than its rank"
+    assert [said in done.stdout, "narrower" in done.stdout] == [narrow == 1] * 2
 
 
 @pytest.mark.parametrize(("repeats", "limit"), [(None, None), (3, None), (None, 2), (3, 100)])

@@ -407,6 +407,23 @@ def test_values_and_combinations_that_cannot_work(refused, word, part):
 
 
 @pytest.mark.parametrize(
+    ("option", "part"),
+    [
+        ("dropout=0.1", "options.dropout is 0.1, but what Norm scales is the normalised input"),
+        ("rank_dropout=0.1", "options.rank_dropout is 0.1, but the update of Norm has no rank-one"),
+        ("use_scalar=true", "options.use_scalar needs an update that is a product of factors"),
+    ],
+)
+def test_options_that_norms_cannot_take(study, refused, option, part):
+    said = refused(overrides=["model.train_norm=true", f"options.{option}"])
+    assert "model.train_norm is true, and " + part in said
+    for fine in ("module_dropout=0.1", "max_norm=1.0"):
+        body = "set: {data: {concept: kael}}"
+        (run,) = study(body, ["model.train_norm=true", f"options.{fine}"]).runs
+        assert run.model.train_norm
+
+
+@pytest.mark.parametrize(
     ("word", "part"),
     [
         ("data.balance=class", "did you mean 'classes'?"),

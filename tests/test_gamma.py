@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lyco_lab.adapters import ADAPTERS, describe
 from lyco_lab.adapters.options import Options
 from lyco_lab.config import Data, Model, Run, Train
-from lyco_lab.config.groups import Group
+from lyco_lab.config.groups import Group, group_of
 from lyco_lab.data.stage import prepare
 from lyco_lab.errors import UserError
 from lyco_lab.gamma import (
@@ -49,12 +49,12 @@ MOVABLE = sorted(name for name, cls in OPTIMIZERS.items() if not cls.no_gamma an
 
 
 def a_run(path, kind="lora", optimizer="adamw", name="a", preset="attn-mlp", **settings):
-    text = settings.pop("text_encoder", False)
+    text, norms = settings.pop("text_encoder", False), settings.pop("train_norm", False)
     options = settings.pop("options", Options())
     return Run(
         name=name,
         study="s",
-        model=Model(path=str(path), preset=preset, text_encoder=text),
+        model=Model(path=str(path), preset=preset, text_encoder=text, train_norm=norms),
         data=Data(folder="x"),
         adapter={"kind": kind, **KINDS.get(kind, {})},
         options=options,
@@ -74,12 +74,14 @@ def runs(draw, path):
     kind = draw(st.sampled_from(sorted(KINDS)))
     product = kind in ("lora", "loha", "lokr")
     groups = draw(st.sampled_from([(), GROUPS[1:], GROUPS if product else ()]))
+    scalar = product and draw(st.booleans())
     return a_run(
         path,
         kind,
         draw(st.sampled_from(MOVABLE)),
         text_encoder=draw(st.booleans()),
-        options=Options(use_scalar=product and draw(st.booleans())),
+        train_norm=not scalar and draw(st.booleans()),
+        options=Options(use_scalar=scalar),
         init_scale=draw(st.sampled_from([1.0, 0.3, 4.0])),
         grad_clip=draw(st.sampled_from([None, 0.7])),
         groups=groups,
@@ -87,7 +89,9 @@ def runs(draw, path):
 
 
 def gammas_of(run):
-    return {layer.gamma for layer in layers(run)}
+    """Of the adapter's layers; norms beside it have 1 always."""
+    assert {layer.gamma for layer in layers(run) if layer.beside} <= {1.0}
+    return {layer.gamma for layer in layers(run) if not layer.beside}
 
 
 def renamed(run, name="b", **settings):
@@ -212,6 +216,33 @@ def test_layers_of_different_degree_get_groups(tiny_sd):
     with pytest.raises(UserError, match="Prodigy takes one for all"):
         rewrite(prodigy, 2.0**-12)
     assert canonical(prodigy) == prodigy
+
+
+@pytest.mark.parametrize("kind", ["lora", "lokr", "native"])
+@pytest.mark.parametrize("carry", ["all", "zero"])
+def test_norms_beside_the_adapter_stay_as_they_are(tiny_sd, kind, carry):
+    run = a_run(tiny_sd, kind, train_norm=True, preset="full", groups=())
+    beside = [layer for layer in layers(run) if layer.beside]
+    assert {(layer.terms, layer.others) for layer in beside} == {((("dw",),), ("bias",))}
+    moved = rewrite(run, 2.0**-12, carry=carry)
+    verdict = equivalent(moved, run)
+    assert verdict
+    for layer in beside:
+        for factor in layer.factors:
+            place = (layer.name, factor)
+            assert verdict.scales[place] == 1.0
+            ours, theirs = (group_of(r.train.groups, *place) for r in (run, moved))
+            assert moved.train.lr * theirs.lr == pytest.approx(run.train.lr * ours.lr, rel=1e-12)
+    without = renamed(run, model=dataclasses.replace(run.model, train_norm=False))
+    assert "model.train_norm is" in equivalent(run, without).reason
+    with pytest.raises(UserError, match="Prodigy takes one for all"):
+        rewrite(renamed(run, optimizer={"kind": "prodigy"}), 2.0**-12)
+
+
+def test_groups_that_names_of_factors_tell_apart_list_no_layers(tiny_sd):
+    moved = rewrite(a_run(tiny_sd, "lora", train_norm=True, preset="full", groups=()), 2.0**-12)
+    (group,) = moved.train.groups
+    assert (group.layers, group.factors) == (("*",), ("dw", "bias"))
 
 
 def test_an_optimizer_of_one_scale_moves_where_one_is_enough(tiny_sd):

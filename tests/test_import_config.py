@@ -265,6 +265,18 @@ def test_captions_of_a_part_of_a_window_are_refused(tmp_path):
         keys_of(tmp_path, max_token_length=100)
 
 
+@pytest.mark.parametrize(
+    ("preset", "norms"), [("full", True), ("attn-mlp", True), ("attn-only", False)]
+)
+def test_norms_beside_the_adapter(file, tmp_path, preset, norms):
+    arguments = ["algo=loha", "train_norm=True", f"preset={preset}"]
+    asked = {"network_module": "lycoris.kohya", "network_args": arguments}
+    assert run_of(file, tmp_path, **asked).model.train_norm is norms
+    keys = keys_of(tmp_path, **asked)
+    assert ("network_args train_norm" in keys.idle) is not norms  # LyCORIS finds none there
+    assert "network_args train_norm" not in keys.left
+
+
 @given(key=st.sampled_from(READ), place=st.integers(0, 20), letter=st.sampled_from("xqz"))
 def test_an_unknown_key_names_the_nearest(tmp_path_factory, key, place, letter):
     place = min(place, len(key))

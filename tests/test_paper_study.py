@@ -97,6 +97,15 @@ def test_each_has_three_seeds(study):
         assert again == list(study.runs)
 
 
+def test_norms_train_with_all_layers_and_not_otherwise(study, first_seeds):
+    from lyco_lab.gamma import layers
+
+    full = [run for run in study.runs if run.model.train_norm]
+    assert full == [run for run in study.runs if run.model.preset == "full"] and len(full) == 4
+    run = first_seeds.study.run("native-full-seed23")
+    assert sum(layer.beside for layer in layers(run)) == 2 * 22 + 4 * 16
+
+
 def test_the_recipe(study):
     for run in study.runs:
         train, data = run.train, run.data
@@ -120,7 +129,8 @@ def test_lokr_is_of_full_blocks_that_alpha_does_not_scale(first_seeds):
     names = ("lokr-factor-4-seed23", "lokr-full-seed23")  # the largest blocks, and all layers
     for run in map(first_seeds.study.run, names):
         assert {layer.gamma for layer in layers(run)} == {1.0}
-        assert {factor for layer in layers(run) for factor in layer.scaled} == {"c_US", "d_VT"}
+        lokr = [layer for layer in layers(run) if not layer.beside]
+        assert {factor for layer in lokr for factor in layer.scaled} == {"c_US", "d_VT"}
 
 
 def test_the_classes_are_the_papers(study):

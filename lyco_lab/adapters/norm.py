@@ -3,7 +3,8 @@
     w' = w + alpha * dw         b' = b + db    where the layer has an offset
 
 A norm layer normalises its input and multiplies it by w, entry by entry; the shape of w is the
-layer's: a vector of channels, or several axes of a LayerNorm. LyCORIS calls it `train_norm`.
+layer's: a vector of channels, or several axes of a LayerNorm. A run trains norms beside its own
+adapter with `model.train_norm`, as LyCORIS calls it too; lyco_lab/diffusion/targets.py says which.
 
 Reference:
     Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation

@@ -148,8 +148,6 @@ def _shape(keys: Keys, kind: str, arguments: Arguments) -> None:
                 keys.leave(f"network_args {theirs[0]}", f"{kind} has nothing of the kind")
     if _flag(keys, arguments, "use_scalar"):
         keys.set("options.use_scalar", True, "network_args use_scalar")
-    if _flag(keys, arguments, "train_norm"):
-        keys.leave("network_args train_norm", "presets adapt no norm layers: those stay frozen")
 
 
 def _preset(keys: Keys, module: str, kind: str, arguments: Arguments) -> None:
@@ -174,6 +172,11 @@ def _preset(keys: Keys, module: str, kind: str, arguments: Arguments) -> None:
             )
         if not text_encoder:
             keys.set("model.text_encoder", False, "network_args preset")
+    if _flag(keys, arguments, "train_norm"):
+        if keys.settings["model.preset"][0] == "attn-only":
+            keys.needless("network_args train_norm", "attention contains no norm layer")
+        else:
+            keys.set("model.train_norm", True, "network_args train_norm")
     both = {"adapter.conv_rank", "adapter.conv_alpha"} & keys.settings.keys()
     if both and keys.settings["model.preset"][0] != "full":
         for ours in sorted(both):  # the paper's own files give them with each preset

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from lycoris.functional import locon as lora
 from lycoris.functional import loha, lokr
-from lycoris.kohya import create_network
+from lycoris.kohya import create_network, create_network_from_weights
 from lycoris.logging import logger
 from lycoris.modules import get_module, make_module
 from lycoris.modules.boft import ButterflyOFTModule
@@ -41,6 +41,8 @@ from lyco_lab.adapters.native import Native
 from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.oft import OFT
 from lyco_lab.adapters.options import Options
+from lyco_lab.config import Model
+from lyco_lab.diffusion.targets import chosen
 from lyco_lab.formats import foreign, kohya
 from tests.oracles.layers import INPUTS, LAYERS, relative
 
@@ -330,6 +332,49 @@ def outputs(models: Mapping[str, nn.Module]) -> tuple[Tensor, Tensor]:
     )
     noise = models["unet"](latents, torch.tensor([3, 700]), context).sample
     return noise, models["text_encoder"](torch.arange(18).view(2, 9)).last_hidden_state
+
+
+# As LyCORIS 1.9 had it, which trained the paper's; later ones name the time embedding twice.
+FULL = """
+enable_conv = true
+unet_target_module = ["Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"]
+unet_target_name = ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"]
+text_encoder_target_module = ["CLIPAttention", "CLIPMLP"]
+text_encoder_target_name = []
+"""
+
+
+@pytest.mark.parametrize("preset", ["attn-mlp", "full"])
+def test_norms_beside_an_adapter_are_those_of_their_train_norm(base, preset, tmp_path):
+    """The same layers of a preset; and what we write of the UNet, LyCORIS computes."""
+    (tmp_path / "full.toml").write_text(FULL)
+    named = str(tmp_path / "full.toml") if preset == "full" else preset
+    theirs, unet = copy.deepcopy(base), copy.deepcopy(base["unet"])
+    arguments = (1.0, 4, 3.0, None, theirs["text_encoder"], theirs["unet"])
+    network = create_network(*arguments, preset=named, algo="lora", train_norm=True)
+    model = Model(preset=preset, train_norm=True)
+    text = chosen(base["text_encoder"], "text_encoder", model, LoRA(4, 3.0))
+    found = chosen(unet, "unet", model, LoRA(4, 3.0))
+    modules = (*network.unet_loras, *network.text_encoder_loras)
+    assert {module.lora_name for module in modules if isinstance(module, NormModule)} == {
+        kohya.file_layer(part, name)
+        for part, one in (("unet", found), ("text_encoder", text))
+        for name in one.norms
+    }
+    mounted = attach(unet, LoRA(4, 3.0), found.names, seed=0, overrides=found.overrides)
+    rng = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for factor in mounted.parameters():
+            factor += 0.05 * torch.randn(factor.shape, generator=rng)
+    kohya.save(tmp_path / "a.safetensors", {"unet": mounted}, {})
+    file = str(tmp_path / "a.safetensors")
+    reader, _ = create_network_from_weights(1.0, file, None, None, theirs["unet"])
+    reader.apply_to(None, theirs["unet"], False, True)
+    reader.eval()
+    given, expected, frozen = (
+        outputs({**base, "unet": one})[0] for one in (theirs["unet"], unet, base["unet"])
+    )
+    assert relative(given - frozen, expected - frozen) < 50 * BOUND
 
 
 @pytest.mark.parametrize("name", NETWORKS)

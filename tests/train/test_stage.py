@@ -1,5 +1,6 @@
 """A whole training: what it leaves, what it repeats exactly, and what does not disturb it."""
 
+import copy
 import csv
 import math
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lyco_lab.config.groups import Group
 from lyco_lab.data.stage import prepare
 from lyco_lab.diffusion.model import load
 from lyco_lab.errors import UserError
@@ -55,6 +57,38 @@ def test_the_file_is_what_was_trained(trained):
     mounted.merge()
     moved = [n for n, w in unet.state_dict().items() if not torch.equal(w, base[n])]
     assert len(moved) == record.facts("train")["layers"]["unet"] == len(mounted.layers)
+
+
+def test_norms_train_beside_the_adapter_and_are_in_the_file(trained):
+    quick = {"steps": 6, "lr": 1e-2}
+    (_, plain), (run, record) = trained("a", **quick), trained("b", train_norm=True, **quick)
+    facts, before = record.facts("train"), plain.facts("train")
+    found = {name: f for name, f in factors(record).items() if name.endswith("_norm")}
+    assert facts["trainable_params"] - before["trainable_params"] == sum(
+        f.numel() for f in found.values()
+    )
+    assert facts["layers"]["unet"] - before["layers"]["unet"] == len(found) // 2 > 0
+    assert all(factor.any() for factor in found.values())
+    unet = load(run.model.path).unet
+    norms = {n: m for n, m in unet.named_modules() if "norm" in n.rpartition(".")[2]}
+    base = {name: copy.deepcopy(norm.state_dict()) for name, norm in norms.items()}
+    mounted = kohya.apply(record.path / "adapter.safetensors", {"unet": unet})["unet"]
+    assert math.hypot(*mounted.norms().values()) == float(rows(record)[-1]["delta_norm"])
+    mounted.merge()
+    for name in norms.keys() & mounted.layers.keys():
+        for key, now in unet.get_submodule(name).state_dict().items():
+            gain = found[f"unet.{kohya.file_layer('unet', name)}.{key[0]}_norm"]  # w, b
+            assert torch.equal(now, base[name][key] + gain)
+
+
+def test_a_group_reaches_the_norms_alone(trained):
+    """As fast as without it, but for the norms, which learn nothing to speak of."""
+    slow = Group(layers=("unet.*norm*",), lr=2.0**-30)
+    _, record = trained(train_norm=True, steps=4, groups=(slow,))
+    found = factors(record)
+    norms = [f for name, f in found.items() if name.endswith("_norm")]
+    assert norms and max(f.abs().max() for f in norms) < 1e-9
+    assert all(f.abs().max() > 1e-5 for n, f in found.items() if n.endswith("weight"))
 
 
 def test_the_file_says_how_it_was_trained_and_not_where(trained, tmp_path, tiny_sd):

@@ -27,6 +27,9 @@ PAIRS = [
 def test_powers_of_two_are_equal_in_every_bit(cases, rows):
     asked = [case for pair in PAIRS for case in cases(*pair)]
     asked += cases("lora", "adamw", dtype="bf16") + cases("lora", "sgd", carry="zero")
+    norms = ["model.train_norm=true", "model.preset=attn-mlp"]
+    asked += cases("lora,native", "adamw", settings=norms)
+    asked += cases("lokr", "sgd", carry="zero", settings=norms)
     found = rows(asked)
     assert [row.verdict for row in found] == [EQUAL] * len(asked), [row.line for row in found]
     for row in found:
