@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,8 +26,9 @@ from lyco_lab.progress import Bar
 from lyco_lab.record import atomic
 from lyco_lab.tracking import Tracker
 from lyco_lab.train import guard
-from lyco_lab.train.checkpoint import Checkpoints, write
+from lyco_lab.train.checkpoint import Checkpoints, State, write
 from lyco_lab.train.divergence import Divergence
+from lyco_lab.train.exact import Exactness
 from lyco_lab.train.journal import Journal, Row
 from lyco_lab.train.validation import Validation
 
@@ -172,6 +173,7 @@ class Saving(lightning.Callback):
     checkpoints: Checkpoints
     journal: Journal
     stop: Stop
+    exactness: Exactness
     every: int
     steps: int
     seconds: float = 0.0  # of earlier sittings
@@ -179,6 +181,10 @@ class Saving(lightning.Callback):
 
     def total_seconds(self) -> float:
         return self.seconds + time.monotonic() - self._began_s
+
+    def state(self, module: Any, done: int) -> State:
+        names = tuple(sorted(self.exactness.operations))
+        return replace(module.state(done, self.total_seconds()), nondeterministic=names)
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -188,7 +194,7 @@ class Saving(lightning.Callback):
         done = batch.step + 1
         if done % self.every == 0 or done == self.steps or self.stop.asked:
             self.journal.sync()
-            self.checkpoints.save(module.state(done, self.total_seconds()))
+            self.checkpoints.save(self.state(module, done))
         if self.stop.asked and done < self.steps:
             raise Interrupted(f"training stopped after step {done} of {self.steps}, which is saved")
 
@@ -196,7 +202,7 @@ class Saving(lightning.Callback):
         if isinstance(exception, guard.NotFinite):
             done = int(module.row["step"] or 1) - 1
             path = self.checkpoints.folder.parent / guard.FILE
-            write(path, module.state(done, self.total_seconds()))
+            write(path, self.state(module, done))
 
 
 @dataclass

@@ -33,6 +33,7 @@ class State:
     optimizer: dict[str, Any]
     seconds: float  # of training, all sittings together
     threads: int  # another number adds up in another order
+    nondeterministic: tuple[str, ...] = ()  # operations that it met without an exact algorithm
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,10 @@ Everything is done in the process it is called in, unless several devices are to
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,6 +27,7 @@ from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import beside, dataset, material
 from lyco_lab.data.stored import Stored
 from lyco_lab.diffusion import targets, word
+from lyco_lab.diffusion.memory import free
 from lyco_lab.diffusion.model import Diffusion, load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import embedding, kohya
@@ -39,6 +37,7 @@ from lyco_lab.tracking import track
 from lyco_lab.train.callbacks import Rows, Samples, Saving, Stop, Validating, Watching
 from lyco_lab.train.checkpoint import Checkpoints, read
 from lyco_lab.train.divergence import Divergence
+from lyco_lab.train.exact import Inexact, exact
 from lyco_lab.train.fitting import fit, orders
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
@@ -55,6 +54,16 @@ def train(run: Run, record: Record) -> None:
     """Train what is left of the run's steps and write its adapter."""
     if record.done(STAGE):
         return
+    try:
+        _train(run, record, strict=True)
+        return
+    except Inexact as error:
+        print(f"{error}: training begins again, and claims no bits")
+    free()  # past the error, which held what it happened in
+    _train(run, record, strict=False)
+
+
+def _train(run: Run, record: Record, strict: bool) -> None:
     images = dataset(run, record)
     diffusion = frozen(run)
     mounted = mount(run, diffusion)
@@ -74,16 +83,19 @@ def train(run: Run, record: Record) -> None:
         "device": diffusion.denoiser.device.type,
         "devices": run.trainer.devices,
     }
+    threads, known = (None, ()) if state is None else (state.threads, state.nondeterministic)
+    strict = strict and not known
     with (
-        exact(None if state is None else state.threads) as threads,
+        exact(threads, strict=strict, operations=known) as exactness,
         Journal(folder / "metrics.csv", first) as journal,
-        track(run, record, STAGE, facts | {"threads": threads}) as tracker,
+        track(run, record, STAGE, facts | {"threads": exactness.threads}) as tracker,
         stop.listening(),
     ):
         saving = Saving(
             checkpoints,
             journal,
             stop,
+            exactness,
             every=run.train.checkpoint_every,
             steps=run.train.steps,
             seconds=0.0 if state is None else state.seconds,
@@ -104,7 +116,7 @@ def train(run: Run, record: Record) -> None:
                 Watching(Divergence.of(run.train, journal.path, first)),
                 saving,
             ]
-            with together(run.trainer.devices, follow, run, record, first) as process:
+            with together(run.trainer.devices, follow, run, record, first, strict) as process:
                 fit(run, module, shown, first, between, process)
         with module.exported():
             samples_per_epoch = orders(run, shown)[0].samples_per_epoch
@@ -114,13 +126,14 @@ def train(run: Run, record: Record) -> None:
                 vectors = {part: w.vector_1D for part, w in module.words.items()}
                 embedding.save(file, vectors)
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
+        facts |= exactness.facts(facts["device"])
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
-    record.finish(
-        STAGE, train_seconds=saving.total_seconds(), threads=threads, steps=run.train.steps, **facts
-    )
+    record.finish(STAGE, train_seconds=saving.total_seconds(), steps=run.train.steps, **facts)
 
 
-def follow(process: Process, run: Run, record: Record, first: int) -> Callable[[], None]:
+def follow(
+    process: Process, run: Run, record: Record, first: int, strict: bool
+) -> Callable[[], None]:
     """What the other processes of a run do: the same, but for writing."""
     diffusion = frozen(run, process.rank)
     module = training(run, diffusion, mount(run, diffusion))
@@ -136,7 +149,7 @@ def follow(process: Process, run: Run, record: Record, first: int) -> Callable[[
     shown = material(run, dataset(run, record), diffusion)
 
     def go() -> None:
-        with exact(threads):
+        with exact(threads, strict=strict):
             fit(run, module, shown, first, [], process)
 
     return go
@@ -248,31 +261,3 @@ def metadata(run: Run, images: Dataset, samples_per_epoch: int) -> dict[str, str
             {"hash": run.hash, "optimizer": plain["optimizer"], "train": plain["train"]}
         ),
     }
-
-
-@contextmanager
-def exact(threads: int | None) -> Iterator[int]:
-    """Algorithms that give the same bits each time. Yields the number of threads they use.
-
-    Sums are split among threads, so a run that goes on takes the number it began with. On a GPU
-    an operation without an exact algorithm is only warned of: there are some.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    memory: Any = torch.utils.deterministic
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        memory.fill_uninitialized_memory,
-        torch.get_num_threads(),
-    )
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    memory.fill_uninitialized_memory = False  # a debugging aid that costs time
-    if threads is not None and threads != torch.get_num_threads():
-        print(f"going on with {threads} threads, as this run began")
-        torch.set_num_threads(threads)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        memory.fill_uninitialized_memory = before[2]
-        torch.set_num_threads(before[3])
