@@ -324,9 +324,7 @@ def render(
     same after an interruption, as long as memory runs out at the same batch.
     """
     size, at_once = run.generate.batch_size, pieces(folder)
-    of_one = [list(group) for _, group in itertools.groupby(asked, lambda p: p.folder)]
-    batches = [g[i : i + size] for g in of_one for i in range(0, len(g), size)]
-    for batch in track(batches, title):
+    for batch in track(batches(asked, size), title):
         paths = [image_path(folder, prompt) for prompt in batch]
         if all(path.is_file() for path in paths):
             continue
@@ -359,6 +357,12 @@ def pieces(folder: Path) -> AtOnce:
     """The pieces in which this folder's batches are drawn."""
     file = folder / PIECES
     return AtOnce(**json.loads(file.read_text())) if file.is_file() else AtOnce()
+
+
+def batches(asked: Sequence[Prompt], size: int) -> list[list[Prompt]]:
+    """Each concept's prompts in batches of their own."""
+    of_one = [list(group) for _, group in itertools.groupby(asked, lambda prompt: prompt.folder)]
+    return [mine[i : i + size] for mine in of_one for i in range(0, len(mine), size)]
 
 
 def show(run: Run, record: Record) -> None:

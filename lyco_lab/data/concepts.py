@@ -70,7 +70,9 @@ def find(
     """The concepts of an index, whose images that count are `rows`; `title` is the dataset's."""
     columns = {name: index.texts[name].to_pylist() for name in _COLUMNS}
     sources = sorted({int(index.source_N[row]) for row in rows})
-    titles = _titles(index, sources) if len(sources) > 1 else dict.fromkeys(sources, title)
+    titles = (
+        _titles(index, sources) if len(sources) > 1 else dict.fromkeys(sources, unnumbered(title))
+    )
     groups: dict[str, list[int]] = {}
     classes: dict[str, str] = {}
     named = len(sources) > 1
@@ -99,7 +101,7 @@ def find(
                 texts |= dict(zip(("trigger", "class_word"), words, strict=True))
         return Concept(name, class_name, places, said, **texts)
 
-    whole = concept(title, title, range(len(rows)))
+    whole = concept(unnumbered(title), unnumbered(title), range(len(rows)))
     no_list = not any(columns["trigger"][row] for row in rows)
     if len(groups) == 1 or whole.trigger or (no_list and whole.class_word):
         return (whole,)

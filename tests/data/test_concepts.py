@@ -158,6 +158,17 @@ def test_a_class_ends_with_the_first_number(parts):
     assert list(filter(None, leaf.split("/"))) == names[first + 1 :]
 
 
+def test_an_image_s_words_are_its_concept_s(tmp_path):
+    write(tmp_path / "a", "sks dog, 1", "sks dog, 2")
+    write(tmp_path / "b", "zwx cat, 1")
+    write(tmp_path / "c", "c", trigger="qqq", class_word="pig")
+    index, _ = own.index_of(Data(folder=str(tmp_path), upscale=True), 1, 64, Memo())
+    items = own.Items(index, "all")
+    words = [(item.trigger, item.class_word) for item in items]
+    assert words == [("sks", "dog")] * 2 + [("zwx", "cat"), ("qqq", "pig")]
+    assert (items[-1].trigger, items[-2].trigger) == ("qqq", "zwx")
+
+
 def test_prior_images_are_no_concept(tmp_path):
     write(tmp_path / "in" / "a", "sks dog, 1")
     write(tmp_path / "in" / "b", "abc pig, 1")
