@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lyco_lab import cli, costs
+from lyco_lab import cli, costs, longer
 from lyco_lab.config import Data, Model, load_study
 from lyco_lab.data.stage import look
 from lyco_lab.dry_run import plan
@@ -54,9 +54,10 @@ def words(run):
 
 @pytest.fixture
 def one(tmp_path):
-    """A study of the first run alone: all 78 take a minute."""
+    """A study of the first run alone: all 234 take a minute."""
     text = (FOLDER / "study.yaml").read_text()
     head = text[: text.index("  - name: lora-32\n")].replace("[23, 24, 25]", "[23]")
+    head = head.replace("[6950, 20850, 34750]", "[34750]")
     folder = tmp_path / "one"
     folder.mkdir()
     base = json.dumps(str(FOLDER.parents[1] / "base.yaml"))
@@ -70,8 +71,8 @@ def key(row):
 
 @pytest.fixture(scope="module")
 def study():
-    """With the first of its seeds."""
-    return load_study(FOLDER, ["seed=23"])
+    """With the first of its seeds and the last of its lengths."""
+    return load_study(FOLDER, ["seed=23", "train.steps=34750"])
 
 
 @pytest.fixture(scope="module")
@@ -88,22 +89,18 @@ def test_the_26_configurations(study):
 
 
 @pytest.mark.slow
-def test_each_has_three_seeds(study):
+def test_each_has_three_seeds_and_three_lengths(study):
+    """78 trainings, of which each leaves the adapters of 10, 30 and 50 epochs."""
     runs = load_study(FOLDER).runs
-    assert len(runs) == 78
+    assert len(runs) == 234
+    trainings = longer.lines(runs)
+    assert len(trainings) == 78
+    for line in trainings:
+        assert [run.train.steps for run in line] == [695 * epochs for epochs in (10, 30, 50)]
     for seed in (23, 24, 25):
-        again = [replace(run, name=f"{run.name[:-2]}23", seed=23) for run in runs
-                 if run.seed == seed]  # fmt: skip
+        again = [replace(line[-1], name=line[-1].name.replace(f"seed{seed}", "seed23"), seed=23)
+                 for line in trainings if line[-1].seed == seed]  # fmt: skip
         assert again == list(study.runs)
-
-
-def test_norms_train_with_all_layers_and_not_otherwise(study, first_seeds):
-    from lyco_lab.gamma import layers
-
-    full = [run for run in study.runs if run.model.train_norm]
-    assert full == [run for run in study.runs if run.model.preset == "full"] and len(full) == 4
-    run = first_seeds.study.run("native-full-seed23")
-    assert sum(layer.beside for layer in layers(run)) == 2 * 22 + 4 * 16
 
 
 def test_the_recipe(study):
@@ -126,7 +123,10 @@ def test_the_recipe(study):
 def test_lokr_is_of_full_blocks_that_alpha_does_not_scale(first_seeds):
     from lyco_lab.gamma import layers
 
-    names = ("lokr-factor-4-seed23", "lokr-full-seed23")  # the largest blocks, and all layers
+    names = (
+        "lokr-factor-4-seed23-steps34750",
+        "lokr-full-seed23-steps34750",
+    )  # the largest blocks, and all layers
     for run in map(first_seeds.study.run, names):
         assert {layer.gamma for layer in layers(run)} == {1.0}
         lokr = [layer for layer in layers(run) if not layer.beside]
@@ -158,15 +158,6 @@ def test_none_of_them_is_another(first_seeds):
     assert len(classes(first_seeds.study.runs)) == 26
 
 
-def test_the_other_two_checkpoints_are_shorter_runs(study, one):
-    """Nothing but the number of steps tells them apart, and no setting depends on it."""
-    for steps, epochs in ((6950, 10), (20850, 30)):
-        assert steps == epochs * 695
-        (short,) = load_study(one, [f"train.steps={steps}"]).runs
-        longer = replace(short, train=replace(short.train, steps=34750), study="sd15")
-        assert longer == study.runs[0]
-
-
 def test_what_is_missing_is_said_with_the_command(first_seeds):
     model, images = first_seeds.said
     assert "hf download stable-diffusion-v1-5/stable-diffusion-v1-5 --include" in model
@@ -187,14 +178,16 @@ def test_costs_are_the_papers_table(study):
     assert len(table) == 16
     by_run = {run.name: costs.variant(run.name, list(table)) for run in study.runs}
     assert None not in by_run.values()
-    assert by_run["lora-seed23"] == by_run["lora-lr-1e-3-seed23"] == "lora"
-    assert by_run["lora-32-alpha-1-seed23"] == "lora-32"
-    assert by_run["native-full-seed23"] == "native-full"
+    assert by_run["lora-seed23-steps34750"] == by_run["lora-lr-1e-3-seed23-steps34750"] == "lora"
+    assert by_run["lora-32-alpha-1-seed23-steps34750"] == "lora-32"
+    assert by_run["native-full-seed23-steps34750"] == "native-full"
     assert (table["lokr-factor-12"].hours, table["lokr-factor-12"].memory_gb) == (4.4, 15.8)
     assert all(row.source for row in table.values())
 
 
-@pytest.mark.parametrize("text", ["run,hours\n", "run,hours,memory_gb,source\nlora,long,1,x\n"])
+@pytest.mark.parametrize(
+    "text", ["run,hours\n", "run,hours,steps,memory_gb,source\nlora,long,1,1,x\n"]
+)
 def test_a_table_of_costs_that_cannot_be_read(tmp_path, text):
     (tmp_path / "costs.csv").write_text(text)
     with pytest.raises(UserError, match="costs.csv"):
@@ -211,6 +204,9 @@ def test_estimates_are_sums(first_seeds):
     adapters = sum(each.params for each in plans) * 4 / 2**30
     assert f"disk: {adapters:.1f} GiB" in said
     assert "hours: 10 of training for 2 runs" in said  # 4.9 + 5
+    begun = {run.name: 20850 for run in runs}  # 3/5 of it
+    said = "\n".join(costs.estimates(study, plans, begun))
+    assert f"{2 * 13900:,} steps" in said and "hours: 4 of training" in said
     assert [each.images for each in plans] == [0, 0]
 
 
