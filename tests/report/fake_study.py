@@ -59,7 +59,12 @@ class Painter:
         return self
 
     def sample(
-        self, prompts: Sequence[str], seeds: Sequence[int], steps: int, guidance: float
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        at_once: object = None,
     ) -> Images:
         pictures = [self.paint(p, s) for p, s in zip(prompts, seeds, strict=True)]
         return np.stack(pictures)
