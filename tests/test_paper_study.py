@@ -103,6 +103,16 @@ def test_each_has_three_seeds_and_three_lengths(study):
         assert again == list(study.runs)
 
 
+def test_norms_train_with_all_layers_and_not_otherwise(study, first_seeds):
+    from lyco_lab.gamma import layers
+
+    full = [run for run in study.runs if run.model.train_norm]
+    assert full == [run for run in study.runs if run.model.preset == "full"]
+    assert {run.adapter["kind"] for run in full} == {"lora", "loha", "lokr", "native"}
+    run = next(run for run in first_seeds.study.runs if run.model.train_norm)
+    assert sum(layer.beside for layer in layers(run)) == 2 * 22 + 4 * 16
+
+
 def test_the_recipe(study):
     for run in study.runs:
         train, data = run.train, run.data
