@@ -32,7 +32,7 @@ from lyco_lab.diffusion.model import load
 from lyco_lab.fold import BITWISE, ROUNDED, trained
 from lyco_lab.formats import kohya
 from lyco_lab.gamma import alike, classes, equivalent
-from lyco_lab.miniature import model_folder
+from lyco_lab.miniature import placed
 from lyco_lab.record import Record, atomic
 
 FOLDING = "folding.csv"
@@ -136,7 +136,7 @@ def _comparison(first: Run, run: Run, other: Run, claim: str, gap: Gap, root: Pa
 
 def _read(runs: list[Run], root: Path) -> dict[str, Parts]:
     """The trained adapters of runs of one model, which can be asked what they do to a weight."""
-    models = load(model_folder(runs[0].model.path)).parts
+    models = load(placed(runs[0].model)).parts
     found = {}
     for run in runs:
         found[run.name] = kohya.apply(root / run.folder_name / "adapter.safetensors", models)

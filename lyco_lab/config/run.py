@@ -20,6 +20,7 @@ from lyco_lab.config.training import Embedding, Train, Trainer
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.optimizers.base import Optimizer
 
+EMBEDDED = "miniature"
 PRECISIONS = ("fp32", "bf16")
 LAYER_PRESETS = ("attn-only", "attn-mlp", "full")
 WEIGHTS = ("ema", "non-ema")
@@ -33,7 +34,7 @@ DEFAULT_OPTIMIZER = {"kind": "adamw"}
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    path: str = "miniature"
+    path: str = EMBEDDED
     family: str | None = None
     weights: str | None = None
     prediction: str | None = None
@@ -63,6 +64,11 @@ class Model:
             at_least("model.max_token_length", self.max_token_length, 1)
         choose("model.preset", self.preset, LAYER_PRESETS)
         choose("model.precision", self.precision, PRECISIONS)
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the model that comes with the library."""
+        return self.path == EMBEDDED
 
 
 @dataclass(frozen=True, kw_only=True)

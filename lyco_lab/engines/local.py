@@ -90,7 +90,7 @@ def threads(study: Study, workers: int) -> int:
 
 
 def embedded(study: Study) -> bool:
-    return all(run.model.path == "miniature" for run in study.runs)
+    return all(run.model.embedded for run in study.runs)
 
 
 def run_study(

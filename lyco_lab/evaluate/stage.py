@@ -46,6 +46,10 @@ from lyco_lab.record import Record, atomic
 STAGE = "evaluate"
 REAL = "real"
 CONCEPTS = "concepts"  # in metrics.json, above their names
+FOREIGN = (
+    "the encoders that score images were trained on pictures of the embedded world alone: of other "
+    "pictures their scores say little"
+)
 
 Found = dict[str, dict[str, Score]]  # prompt type -> score
 Summary = dict[str, dict[str, dict[str, Any]]]  # prompt type -> score -> mean, standard_error, ...
@@ -55,6 +59,8 @@ def evaluate(run: Run, record: Record) -> None:
     """The stage: scores of the run's images, and of its references if no run before had them."""
     if record.done(STAGE):
         return
+    if foreign(run):
+        print(f"{run.name}: {FOREIGN}")
     with quiet():
         judges: Judges = miniature_judges.load()
     folder, base = record.path / STAGE, base_folder(run, record)
@@ -93,6 +99,11 @@ def evaluate(run: Run, record: Record) -> None:
     write_json(folder / "metrics.json", scores)
     show(run, record, per_image, {kind: scores[kind] for kind in dict.fromkeys(made["kind"])})
     record.finish(STAGE, images=len(made), references=f"{base.name}/{references.name}")
+
+
+def foreign(run: Run) -> bool:
+    """Whether a run's images may be none that its judges know."""
+    return not run.model.embedded or run.data.concept is None
 
 
 def by_concept(made: pd.DataFrame, images: Dataset) -> list[tuple[Concept, pd.DataFrame]]:

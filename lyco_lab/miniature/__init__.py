@@ -15,14 +15,9 @@ from lyco_lab.errors import UserError
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-def model_folder(model: str) -> Path:
-    """The diffusers folder that a study's `model.path` means: "miniature" is this one."""
-    return path() if model == "miniature" else Path(model)
-
-
 def placed(model: Model) -> Model:
     """A run's model, with the place of the embedded one for its name."""
-    return replace(model, path=str(path())) if model.path == "miniature" else model
+    return replace(model, path=str(path())) if model.embedded else model
 
 
 def path() -> Path:

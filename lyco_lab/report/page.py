@@ -18,6 +18,7 @@ from lyco_lab.analyse.gamma_pair import Verdict, exact
 from lyco_lab.analyse.table import BASE, over, quoted, record_of, study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import dataset
+from lyco_lab.evaluate.stage import FOREIGN, foreign
 from lyco_lab.fold import whose
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table
@@ -59,6 +60,7 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
         legend=list(numbers.items()),
         findings=findings(results, list(verdicts)),
         caveat=caveat(len({run.seed for run in study.runs}), several=any(means.values())),
+        foreign=FOREIGN if any(map(foreign, study.runs)) else "",
         shared=list(filter(None, (whose(run, root) for run in study.runs))),
         heads=[(m, kind, forms[column].unit) for column, (m, kind) in quoted().items()],
         tables=[

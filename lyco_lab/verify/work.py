@@ -40,7 +40,7 @@ def suggested_workers(cases: Sequence[Case]) -> int:
 
 
 def _embedded(cases: Sequence[Case]) -> bool:
-    return all(case.base.model.path == "miniature" for case in cases)
+    return all(case.base.model.embedded for case in cases)
 
 
 def verify(cases: Sequence[Case], workers: int | None = None) -> Iterator[tuple[int, Row]]:

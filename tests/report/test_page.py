@@ -11,6 +11,7 @@ import pytest
 from lyco_lab.analyse import analyse
 from lyco_lab.analyse.gamma_pair import compare
 from lyco_lab.analyse.table import quoted
+from lyco_lab.evaluate.stage import FOREIGN, foreign
 from lyco_lab.generate import read_table
 from lyco_lab.report import grids, page
 from lyco_lab.report.page import differences, short_name
@@ -216,3 +217,17 @@ def test_names_lose_their_concept_and_differences_are_settings(evaluated):
     assert short_name(study.run("lora-gamma-kael")) == "lora-gamma"
     pair = study.run("lora-gamma-kael"), study.run("lora-rewritten-kael")
     assert differences(*pair) == [("adapter.alpha", "2.0", "8.0")]
+
+
+def test_it_says_what_judges_know_where_the_images_may_be_others(analysed, html, tmp_path):
+    study, root, results, verdicts = analysed
+    assert FOREIGN not in html
+    own = dataclasses.replace(study.runs[0].data, concept=None, folder=str(tmp_path))
+    assert foreign(dataclasses.replace(study.runs[0], data=own))
+    elsewhere = dataclasses.replace(study.runs[0].model, path="/models/sd15")
+    assert foreign(dataclasses.replace(study.runs[0], model=elsewhere))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "foreign", lambda run: run is study.runs[-1])
+        text = page.write(study, root, results, verdicts).read_text()
+    assert FOREIGN in " ".join(text.split())
+    page.write(study, root, results, verdicts)
