@@ -23,7 +23,7 @@ from lyco_lab.generate import ask
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
-from lyco_lab.train import suits
+from lyco_lab.train import plugs, suits
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
     unknown = run.data.concept is None and str(place(run)) in absent
     images, samples, concepts, drawn = (0, 0, 0, 0) if unknown else _count(run)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
+    plugs(run)
     suits(run.train, objective(placed(run.model)))
     counts, narrowed, adapter = {}, 0, run.adapter_value()
     for part in parts(placed(run.model), run.model.text_encoder):

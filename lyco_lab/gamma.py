@@ -168,6 +168,8 @@ def scales_to(run: Run, gamma: float, *, carry: str = "all") -> Scales:
 def obstacle(run: Run) -> str:
     """Why no gamma of this run can be moved anywhere; "" where it can."""
     rule = run.optimizer_value()
+    if run.trainer.callbacks:
+        return "what its trainer.callbacks do to what is trained is not known"
     if run.embedding.token is not None:
         return "the vector of a token trains beside the factors, and no scaling of them moves it"
     if rule.no_gamma:
@@ -435,6 +437,9 @@ class _Form:
 
 
 def _compared(a: _Form, b: _Form) -> Equivalence:
+    for run in (a.run, b.run):
+        if run.trainer.callbacks:
+            return Equivalence(False, False, f"of {run.name}: {obstacle(run)}")
     for key, ours, theirs in differences(a.rest, b.rest):
         why = f"{key} is {ours!r} in {a.run.name} and {theirs!r} in {b.run.name}"
         return Equivalence(False, False, why)

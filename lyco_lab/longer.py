@@ -65,7 +65,7 @@ def lines(runs: Sequence[Run], fresh: Collection[str] = ()) -> list[list[Run]]:
 
 def can(run: Run) -> bool:
     """Whether its first steps do not depend on how many there are."""
-    return run.train.schedule == "constant"
+    return run.train.schedule == "constant" and not run.trainer.callbacks
 
 
 def starts(runs: Sequence[Run], root: Path, fresh: Collection[str] = ()) -> dict[str, Start]:

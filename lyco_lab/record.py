@@ -30,7 +30,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
 STAGES = ("data", "train", "generate", "evaluate")  # of a run, in order
 LOCK = ".lock"  # held, in a run's folder, by the process that works on it
-# What a run is called, what it runs on and where it is shown: not its result.
+# What a run is called, what it runs on and where it is shown: not its result, but for callbacks.
 LABELS = ("name", "study", "trainer", "wandb")
 
 
@@ -45,7 +45,9 @@ class Configured(Protocol):
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's configuration that decides its result."""
-    return {key: value for key, value in config.items() if key not in LABELS}
+    kept = {key: value for key, value in config.items() if key not in LABELS}
+    callbacks = config.get("trainer", {}).get("callbacks")  # which may do whatever they like
+    return kept | {"trainer": {"callbacks": callbacks}} if callbacks else kept
 
 
 def digest(config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from lyco_lab import adapters, optimizers
 from lyco_lab.config.asked import Asked
 from lyco_lab.config.groups import Group
 from lyco_lab.config.run import DEFAULT_ADAPTER, DEFAULT_OPTIMIZER, Run
+from lyco_lab.config.training import Plugin
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.kinds import Family
 
@@ -41,7 +42,11 @@ KEYS = (
     *(f"{name}.{key}" for name, keys in FAMILY_KEYS.items() for key in sorted(keys)),
 )
 # Settings that are lists of mappings.
-ENTRIES: dict[Any, type] = {tuple[Group, ...]: Group, tuple[Asked, ...]: Asked}
+ENTRIES: dict[Any, type] = {
+    tuple[Group, ...]: Group,
+    tuple[Asked, ...]: Asked,
+    tuple[Plugin, ...]: Plugin,
+}
 INNER_KEYS = tuple(  # of the things that things hold
     f"{name}.{spec.name}.{key}"
     for name, family in FAMILIES.items()
@@ -304,6 +309,7 @@ def _words(allowed: tuple[Any, ...]) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     words |= {type(None): "null", tuple[float, float]: "a list of two numbers"}
     words |= {tuple[str, ...]: "a list of words", dict[str, float]: "names with numbers"}
+    words |= {dict[str, Any]: "names with values"}
     return " or ".join(words.get(kind, str(kind)) for kind in allowed)
 
 

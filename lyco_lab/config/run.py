@@ -210,7 +210,7 @@ class Run:
 
     @cached_property
     def hash(self) -> str:
-        """Eight hex digits of what decides the result: not the names, the devices or wandb."""
+        """Eight hex digits of what decides the result: not names, devices or wandb."""
         return record.digest(self.to_dict())
 
     @property

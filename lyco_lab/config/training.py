@@ -5,7 +5,8 @@ all of their settings stand side by side.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from lyco_lab.config.checks import at_least, choose, goes_with, need, positive
 from lyco_lab.config.groups import Group
@@ -235,12 +236,28 @@ class Embedding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plugin:
+    """A class of Lightning's kinds, and what it is made of (lyco_lab/train/plugged.py)."""
+
+    class_path: str = ""
+    init_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        words = self.class_path.split(".")
+        path = len(words) > 1 and all(word.isidentifier() for word in words)
+        needed = "package.module.Class"
+        need(path, "class_path of a callback or logger", self.class_path, needed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """What Lightning's Trainer is told; no part of what a run is, as wandb is none."""
+    """What Lightning's Trainer is told; of what a run is, callbacks alone are a part."""
 
     accelerator: str = "auto"
     devices: int = 1
     strategy: str = "auto"
+    callbacks: tuple[Plugin, ...] = ()
+    loggers: tuple[Plugin, ...] = ()
 
     def __post_init__(self) -> None:
         choose("trainer.accelerator", self.accelerator, ACCELERATORS)

@@ -42,7 +42,7 @@ from lyco_lab.longer import begin as begin_from_shorter
 from lyco_lab.longer import lines
 from lyco_lab.record import STAGES, Record, locked
 from lyco_lab.report import page
-from lyco_lab.train import train
+from lyco_lab.train import plugs, train
 from lyco_lab.workers import begin
 
 Stage = Callable[[Run, Record], None]
@@ -109,6 +109,7 @@ def run_study(
     records = {run.name: Record.open(root, run) for run in study.runs}
     for run in study.runs:
         check_model(run, records[run.name])
+        plugs(run)
         if not fold or run.name in in_pairs(study):
             set_aside(records[run.name])
     folds = folding(study, root).folds if fold else {}

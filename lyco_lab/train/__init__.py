@@ -10,8 +10,10 @@
     optimizer.py   groups of factors, clipping, the average of the factors
     schedule.py    the learning rate at each step
     callbacks.py   what happens between steps: rows, checkpoints, samples, Ctrl-C
+    plugged.py     callbacks and loggers that the run names
     validation.py  the loss on images that are not trained on
     divergence.py  when a run is stopped for getting worse
+    exact.py       algorithms that give the same bits each time
     checkpoint.py  the state of a run on disk
     recompute.py   values of the forward pass that are computed twice instead of kept
     journal.py     train/metrics.csv
@@ -23,6 +25,7 @@ everything else that moves.
 """
 
 from lyco_lab.train.module import suits
+from lyco_lab.train.plugged import check as plugs
 from lyco_lab.train.stage import embedding_file, train
 
-__all__ = ["embedding_file", "suits", "train"]
+__all__ = ["embedding_file", "plugs", "suits", "train"]

@@ -30,6 +30,7 @@ from lyco_lab.train.checkpoint import Checkpoints, State, write
 from lyco_lab.train.divergence import Divergence
 from lyco_lab.train.exact import Exactness
 from lyco_lab.train.journal import Journal, Row
+from lyco_lab.train.plugged import Plugged
 from lyco_lab.train.validation import Validation
 
 NORM_EVERY = 10  # steps; a norm needs every layer's W' - W, which costs about a tenth of a step
@@ -174,6 +175,7 @@ class Saving(lightning.Callback):
     journal: Journal
     stop: Stop
     exactness: Exactness
+    plugged: Plugged
     every: int
     steps: int
     seconds: float = 0.0  # of earlier sittings
@@ -183,8 +185,12 @@ class Saving(lightning.Callback):
         return self.seconds + time.monotonic() - self._began_s
 
     def state(self, module: Any, done: int) -> State:
-        names = tuple(sorted(self.exactness.operations))
-        return replace(module.state(done, self.total_seconds()), nondeterministic=names)
+        return replace(
+            module.state(done, self.total_seconds()),
+            nondeterministic=tuple(sorted(self.exactness.operations)),
+            callbacks=self.plugged.state(),
+            ended=module.trainer.should_stop,
+        )
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
@@ -192,10 +198,11 @@ class Saving(lightning.Callback):
         if not batch.last:
             return
         done = batch.step + 1
-        if done % self.every == 0 or done == self.steps or self.stop.asked:
+        last = done == self.steps or trainer.should_stop
+        if done % self.every == 0 or last or self.stop.asked:
             self.journal.sync()
             self.checkpoints.save(self.state(module, done))
-        if self.stop.asked and done < self.steps:
+        if self.stop.asked and not last:
             raise Interrupted(f"training stopped after step {done} of {self.steps}, which is saved")
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:

@@ -10,7 +10,7 @@ it is used.
 
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class State:
     seconds: float  # of training, all sittings together
     threads: int  # another number adds up in another order
     nondeterministic: tuple[str, ...] = ()  # operations that it met without an exact algorithm
+    callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # what they remember
+    ended: bool = False  # a callback has stopped the run
 
 
 @dataclass(frozen=True)

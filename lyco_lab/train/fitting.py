@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lyco_lab.config import Run
 from lyco_lab.data.batches import Order
@@ -18,6 +19,7 @@ from lyco_lab.progress import Bar
 from lyco_lab.train.callbacks import Steps
 from lyco_lab.train.feed import Feed, parts
 from lyco_lab.train.module import Training
+from lyco_lab.train.plugged import Plugged, count_from
 from lyco_lab.train.processes import Environment, Process, agree
 from lyco_lab.train.recompute import recomputing
 from lyco_lab.train.validation import split
@@ -30,9 +32,13 @@ def fit(
     first: int,
     between: list[lightning.Callback],
     process: Process | None = None,
+    plugged: Plugged | None = None,
 ) -> None:
-    """Steps `first` to the last, with other processes if this is one of several."""
-    process = process or Process()
+    """Steps `first` to the last, with other processes if this is one of several.
+
+    `plugged`: whose callbacks are `between` the others already.
+    """
+    process, plugged = process or Process(), plugged or Plugged()
     passed = dict.fromkeys([*module.mounted, *module.words])  # by gradients
     again = passed if run.train.gradient_checkpointing else {}
     with (
@@ -50,12 +56,16 @@ def fit(
             max_epochs=1,  # the batches are one long epoch, from `first` to the end
             callbacks=[*between, Steps(bar)],
             plugins=[Environment(process)],
-            logger=False,
+            logger=plugged.loggers or False,
+            log_every_n_steps=1 if plugged else None,
+            default_root_dir=plugged.folder,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        if plugged:
+            count_from(trainer, first)
         try:
             trainer.fit(module, train_dataloaders=feed)
             if not agree(module.digest()):
@@ -64,6 +74,8 @@ def fit(
                     "computes wrongly, or not the same twice; delete the run's folder, and train "
                     "on fewer with trainer.devices"
                 )
+        except MisconfigurationException as error:
+            raise UserError(f"Lightning says of trainer.callbacks or loggers: {error}") from error
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()

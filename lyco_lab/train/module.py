@@ -99,9 +99,7 @@ class Training(lightning.LightningModule):
             mounted.train()
             # What is dropped depends on these alone, also after an interruption.
             mounted.step, mounted.part = batch.step, batch.part
-        share = schedule.share(self.settings, batch.step)
-        own = [rule.rate(batch.step) for rule in self.rules]
-        optimizer.set_rates(self.optimizer, [share * rate for rate in own])
+        share = self.set_rates(batch.step)
         share *= self.rule.rate(batch.step)
         text = self.settings.rate("text_encoder") if "text_encoder" in self.mounted else None
         self.losses = self.losses if self.row.get("step") == batch.step + 1 else []
@@ -110,6 +108,13 @@ class Training(lightning.LightningModule):
             "lr": self.settings.rate("unet") * share,
             "lr_text_encoder": None if text is None else text * share,
         }
+
+    def set_rates(self, step: int) -> float:
+        """The learning rates of a step; the schedule's share in them."""
+        share = schedule.share(self.settings, step)
+        own = [rule.rate(step) for rule in self.rules]
+        optimizer.set_rates(self.optimizer, [share * rate for rate in own])
+        return share
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         found = self.loss(batch)

@@ -41,6 +41,7 @@ from lyco_lab.train.exact import Inexact, exact
 from lyco_lab.train.fitting import fit, orders
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
+from lyco_lab.train.plugged import plugged
 from lyco_lab.train.processes import Process, together
 from lyco_lab.train.validation import Validation, split
 
@@ -64,11 +65,12 @@ def train(run: Run, record: Record) -> None:
 
 
 def _train(run: Run, record: Record, strict: bool) -> None:
+    folder = record.path / STAGE
+    plugs = plugged(run, folder)
     images = dataset(run, record)
     diffusion = frozen(run)
     mounted = mount(run, diffusion)
     module = training(run, diffusion, mounted)
-    folder = record.path / STAGE
     checkpoints = Checkpoints(folder / "checkpoints")
     state = checkpoints.latest(rows_of(folder / "metrics.csv"))
     first = 0 if state is None else state.step
@@ -96,13 +98,15 @@ def _train(run: Run, record: Record, strict: bool) -> None:
             journal,
             stop,
             exactness,
+            plugs,
             every=run.train.checkpoint_every,
             steps=run.train.steps,
             seconds=0.0 if state is None else state.seconds,
         )
         _check_word(run, diffusion, images)
         shown = material(run, images, diffusion)
-        if first < run.train.steps:
+        done, ended = first, state is not None and state.ended
+        if first < run.train.steps and not ended:
             if shown.cut_captions:
                 more = "; model.max_token_length can be larger" if diffusion.joins_chunks else ""
                 print(
@@ -111,24 +115,30 @@ def _train(run: Run, record: Record, strict: bool) -> None:
                 )
             between = [
                 *validating(run, record, diffusion, shown),
+                *plugs.around(state.callbacks if state else {}, run.train.validate_every),
                 Rows(journal, tracker, run.train.steps),
                 Samples(run, images.captions, folder / "samples", tracker),
                 Watching(Divergence.of(run.train, journal.path, first)),
                 saving,
             ]
             with together(run.trainer.devices, follow, run, record, first, strict) as process:
-                fit(run, module, shown, first, between, process)
+                fit(run, module, shown, first, between, process, plugs)
+            done = int(module.row.get("step") or first)
+            if not done:
+                raise UserError("a callback of trainer.callbacks stopped the run before a step")
+        if done < run.train.steps:
+            print(f"a callback stopped the run after step {done} of {run.train.steps}")
         with module.exported():
             samples_per_epoch = orders(run, shown)[0].samples_per_epoch
-            noted = metadata(run, images, samples_per_epoch) | diffusion.described
+            noted = metadata(run, images, samples_per_epoch, done) | diffusion.described
             kohya.save(record.path / ADAPTER, mounted, noted)
             if (file := embedding_file(run, record)) is not None:
                 vectors = {part: w.vector_1D for part, w in module.words.items()}
                 embedding.save(file, vectors)
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
-        facts |= exactness.facts(facts["device"])
+        facts |= exactness.facts(facts["device"]) | {"steps": done}
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
-    record.finish(STAGE, train_seconds=saving.total_seconds(), steps=run.train.steps, **facts)
+    record.finish(STAGE, train_seconds=saving.total_seconds(), **facts)
 
 
 def follow(
@@ -137,7 +147,7 @@ def follow(
     """What the other processes of a run do: the same, but for writing."""
     diffusion = frozen(run, process.rank)
     module = training(run, diffusion, mount(run, diffusion))
-    threads = None
+    threads, state = None, None
     if first:
         state = read(Checkpoints(record.path / STAGE / "checkpoints").file(first))
         if state is None:
@@ -147,10 +157,12 @@ def follow(
         module.load_state(state)
         threads = state.threads
     shown = material(run, dataset(run, record), diffusion)
+    plugs = plugged(run, record.path / STAGE, process.rank)
+    between = plugs.around(state.callbacks if state else {}, run.train.validate_every)
 
     def go() -> None:
         with exact(threads, strict=strict):
-            fit(run, module, shown, first, [], process)
+            fit(run, module, shown, first, between, process, plugs)
 
     return go
 
@@ -240,16 +252,16 @@ def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
     return run.train.init_scale * group_of(run.train.groups, f"{part}.{layer}", factor).init_scale
 
 
-def metadata(run: Run, images: Dataset, samples_per_epoch: int) -> dict[str, str]:
+def metadata(run: Run, images: Dataset, samples_per_epoch: int, steps: int) -> dict[str, str]:
     """What the adapter file says of its training; no dates, so equal factors are equal files."""
     settings, plain = run.train, run.to_dict()
-    epochs = settings.steps * settings.samples_per_step / samples_per_epoch
+    epochs = steps * settings.samples_per_step / samples_per_epoch
     if settings.validation_folder is not None:  # but not where it lies
         plain["train"]["validation_folder"] = Path(settings.validation_folder).name
     return {
         "ss_output_name": run.name,
         "ss_seed": str(run.seed),
-        "ss_steps": str(settings.steps),
+        "ss_steps": str(steps),
         "ss_epoch": str(math.ceil(epochs)),
         "ss_gradient_accumulation_steps": str(settings.accumulate),
         "ss_learning_rate": str(settings.lr),

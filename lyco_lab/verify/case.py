@@ -260,6 +260,8 @@ def _check_settings(given: dict[str, Any]) -> None:
             raise UserError(f"{key} is what {flags[key]} says: leave one of them out")
         if key in ("trainer.devices", "trainer.strategy"):
             raise UserError(f"{key} is of no use here: what is compared is trained on one device")
+        if key in ("trainer.callbacks", "trainer.loggers"):
+            raise UserError(f"{key} is of no use here: what is compared trains by itself")
         if first == "embedding":
             raise UserError(f"{key} is of no use here: adapters alone are compared")
         if first.startswith("adapter") and last.endswith("alpha"):

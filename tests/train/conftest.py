@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lyco_lab.config import Data, Generate, Model, Run, Train, Trainer, Wandb
+from lyco_lab.config.training import Plugin
 from lyco_lab.data.stage import prepare
 from lyco_lab.errors import Interrupted
 from lyco_lab.record import Record
@@ -29,6 +30,8 @@ def begin(tiny_sd, tiny_concept, tmp_path):
         seed: int = 0,
         wandb: str = "disabled",
         devices: int = 1,
+        callbacks: tuple[Plugin, ...] = (),
+        loggers: tuple[Plugin, ...] = (),
         **train: Any,
     ) -> tuple[Run, Record]:
         settings = {"steps": 12, "warmup_steps": 2, "checkpoint_every": 4} | train
@@ -47,7 +50,9 @@ def begin(tiny_sd, tiny_concept, tmp_path):
             adapter=adapter or {"kind": "lora", "rank": 4, "alpha": 2.0},
             optimizer=optimizer or {"kind": "adamw"},
             train=Train(**settings),
-            trainer=Trainer(accelerator="cpu", devices=devices),
+            trainer=Trainer(
+                accelerator="cpu", devices=devices, callbacks=callbacks, loggers=loggers
+            ),
             generate=Generate(steps=2),
             wandb=Wandb(mode=wandb),
         )
