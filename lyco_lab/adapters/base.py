@@ -22,6 +22,7 @@ grouped convolution Q is the inputs of one group. The weight of a norm layer has
 """
 
 import abc
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -205,8 +206,7 @@ class Adapter(abc.ABC):
     @final
     def factor_shapes(self, shape: Shape) -> dict[str, Shape]:
         """The shape of each factor of such a weight; allocates none of them."""
-        start = self.init(torch.empty(shape, device="meta"), Generator())
-        return {name: tuple(factor.shape) for name, factor in start.items()}
+        return dict(_factor_shapes(self, tuple(shape)))
 
     @final
     def check_scale(self, name: str, hint: str) -> None:
@@ -218,6 +218,12 @@ class Adapter(abc.ABC):
     @final
     def refuse(self, name: str, value: object, need: str) -> NoReturn:
         raise UserError(f"{type(self).__name__} needs {name} to be {need}, got {value!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _factor_shapes(adapter: Adapter, shape: Shape) -> tuple[tuple[str, Shape], ...]:
+    start = adapter.init(torch.empty(shape, device="meta"), Generator())
+    return tuple((name, tuple(factor.shape)) for name, factor in start.items())
 
 
 class Layer(abc.ABC):
