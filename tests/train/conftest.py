@@ -11,7 +11,7 @@ from lyco_lab.data.stage import prepare
 from lyco_lab.errors import Interrupted
 from lyco_lab.record import Record
 from lyco_lab.train import train
-from lyco_lab.train.callbacks import Rows
+from tests.train.stepping import at_step
 
 
 @pytest.fixture
@@ -94,15 +94,11 @@ def interrupted(monkeypatch):
     """Train a run, and stop it from outside after so many steps."""
 
     def interrupted(run: Run, record: Record, after: int) -> None:
-        rows_end = Rows.on_train_batch_end
-
-        def stop(self: Rows, trainer: Any, module: Any, outputs: Any, batch: Any, i: int) -> None:
-            rows_end(self, trainer, module, outputs, batch, i)
-            if batch.step + 1 == after:
-                raise Interrupted("here")
+        def stop() -> None:
+            raise Interrupted("here")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Rows, "on_train_batch_end", stop)
+            at_step(patch, after, stop)
             with pytest.raises(Interrupted):
                 train(run, record)
 

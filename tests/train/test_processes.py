@@ -14,8 +14,8 @@ import torch
 
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.train import train
-from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.module import Training
+from tests.train.stepping import at_step
 from tests.train.test_stage import factors, rows
 
 SETTINGS = {"steps": 8, "checkpoint_every": 4, "lr": 1e-2, "noise_offset": 0.1}
@@ -26,14 +26,7 @@ OTHERS = {
 
 
 def stop_at(monkeypatch, step):
-    rows_end = Rows.on_train_batch_end
-
-    def stop(self, trainer, module, outputs, batch, batch_idx):
-        rows_end(self, trainer, module, outputs, batch, batch_idx)
-        if batch.last and batch.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Rows, "on_train_batch_end", stop)
+    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 @pytest.mark.slow
@@ -107,16 +100,13 @@ def rows_of(folder):
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_its_name(begin, monkeypatch):
     run, record = begin(devices=2, **SETTINGS)
-    rows_end = Rows.on_train_batch_end
 
-    def kill(self, trainer, module, outputs, batch, batch_idx):
-        rows_end(self, trainer, module, outputs, batch, batch_idx)
-        if batch.step + 1 == 6:
-            (other,) = multiprocessing.active_children()
-            os.kill(other.pid, signal.SIGKILL)
+    def kill():
+        (other,) = multiprocessing.active_children()
+        os.kill(other.pid, signal.SIGKILL)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Rows, "on_train_batch_end", kill)
+        at_step(patch, 6, kill)
         with pytest.raises(UserError, match="process 2 of those that train together .* code -9"):
             train(run, record)
     train(run, record)

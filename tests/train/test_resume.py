@@ -19,9 +19,9 @@ from lyco_lab.data.stage import prepare
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
 from lyco_lab.train import train
-from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.checkpoint import Checkpoints
 from tests.data import pictures
+from tests.train.stepping import at_step
 
 
 def checkpoints(record):
@@ -31,17 +31,6 @@ def checkpoints(record):
 def rows_written(record):
     path = record.path / "train" / "metrics.csv"
     return path.read_bytes().count(b"\n") - 1 if path.is_file() else 0
-
-
-def at_step(monkeypatch, step, do):
-    rows = Rows.on_train_batch_end
-
-    def hooked(self, trainer, module, outputs, batch, batch_idx):
-        rows(self, trainer, module, outputs, batch, batch_idx)
-        if batch.step + 1 == step:
-            do()
-
-    monkeypatch.setattr(Rows, "on_train_batch_end", hooked)
 
 
 def in_a_process(run, record):
