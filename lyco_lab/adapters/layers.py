@@ -247,6 +247,16 @@ def is_opaque(layer: nn.Module) -> bool:
     return True
 
 
+def is_shared_out(layer: nn.Module) -> bool:
+    """Whether each of several processes now holds a part of the weight only."""
+    return hasattr(layer._parameters.get(weight_name(layer)), "full_tensor")  # torch's DTensor
+
+
+def gathered(weight: Tensor) -> Tensor:
+    """The whole weight; if that is shared out, all processes have to ask for it at once."""
+    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+
+
 def shape_of(layer: nn.Module) -> Shape:
     """Of the weight to be adapted: (out, in) where the layer only tells its sizes."""
     weight = layer._parameters.get(weight_name(layer))

@@ -278,13 +278,14 @@ class Mounted:
         return layers.original(layer).weight
 
     def _weight(self, name: str) -> Tensor:
-        """What `delta` takes for W: only its shape, where W cannot be and need not be read."""
+        """What `delta` takes for W: only its shape, where W is not at hand and need not be read."""
         mount, layer = self._mount(name), self.layers[name]
-        if layers.is_opaque(layer) and not mount.adapter.uses_base:
+        apart = layers.is_opaque(layer) or layers.is_shared_out(layer)
+        if apart and not mount.adapter.uses_base:
             return torch.empty((), dtype=mount.dtype, device=layer.device).expand(
                 layers.shape_of(layer)
             )
-        return self.base_weight(name)
+        return layers.gathered(self.base_weight(name))
 
     def base_bias(self, name: str) -> nn.Parameter | None:
         """The frozen bias of a layer, merged or not."""

@@ -156,6 +156,11 @@ class Run:
                 f"{self.trainer.devices} cannot share: it counts the samples of all devices "
                 "together, needs a multiple"
             )
+        if self.trainer.strategy == "fsdp" and self.train.sample_every is not None:
+            raise UserError(
+                f"train.sample_every is {self.train.sample_every}, but trainer.strategy is 'fsdp': "
+                "no process has a whole model to draw with; generate draws after the training"
+            )
         if self.train.validation_folder is not None and self.data.toml is not None:
             raise UserError(
                 f"train.validation_folder is {self.train.validation_folder!r}, but how images are "

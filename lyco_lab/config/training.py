@@ -16,7 +16,7 @@ CHECK_EVERY, CHECKS = 50, 3  # on divergence, where nothing else is said
 LOSSES = ("mse", "huber", "smooth_l1")
 SAMPLINGS = ("uniform", "logit_normal")
 ACCELERATORS = ("auto", "cpu", "gpu")
-STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true")
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "fsdp")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "polynomial")
 
 
@@ -262,14 +262,14 @@ class Trainer:
     def __post_init__(self) -> None:
         choose("trainer.accelerator", self.accelerator, ACCELERATORS)
         at_least("trainer.devices", self.devices, 1)
-        if self.strategy.startswith(("fsdp", "deepspeed")):
+        if self.strategy.startswith("deepspeed"):
             raise UserError(
-                f"trainer.strategy is {self.strategy!r}, which cuts weights into shards, and "
-                f"adapters need them whole: needs one of {', '.join(STRATEGIES)}"
+                f"trainer.strategy is {self.strategy!r}, but DeepSpeed is no dependency: what its "
+                "stages would share of adapters, the frozen weights, 'fsdp' shares"
             )
         choose("trainer.strategy", self.strategy, STRATEGIES)
         if self.strategy != "auto" and self.devices == 1:
             raise UserError(
                 f"trainer.strategy is {self.strategy!r}, but trainer.devices is 1: there is "
-                "nothing to average, needs 'auto'"
+                "nothing to average or share, needs 'auto'"
             )

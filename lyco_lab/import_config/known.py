@@ -141,7 +141,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "lr_decay_steps": ((0,), "a schedule falls from the warm-up to the end"),
     "initial_epoch": ((1,), "a run begins at its beginning"),
     "initial_step": ((0,), "a run begins at its beginning"),
-    "deepspeed": ((False,), "adapters need their weights whole"),
+    "deepspeed": ((False,), "it is no dependency; trainer.strategy=fsdp shares weights out"),
     "multi_gpu": ((False,), "a study says so itself"),
     "validation_seed": ((), "which images are set aside depends on the images alone"),
     "validate_every_n_epochs": ((0,), "train.validate_every counts steps"),

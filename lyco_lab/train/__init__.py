@@ -3,6 +3,7 @@
     stage.py       the stage itself: load, cache, mount, fit, export
     fitting.py     the steps, by Lightning's Trainer
     processes.py   several processes, one for each device
+    sharing.py     frozen weights shared out among them
     feed.py        the batches of a run's steps
     noise.py       timesteps and noise as settings ask for them
     loss.py        how errors are measured, and how much each timestep counts

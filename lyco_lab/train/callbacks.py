@@ -52,6 +52,20 @@ class Validating(lightning.Callback):
 
 
 @dataclass
+class Norms(lightning.Callback):
+    """Every `NORM_EVERY` steps, the norm of what has changed; for the step's row."""
+
+    steps: int
+
+    def on_train_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        done = batch.step + 1
+        if batch.last and (done % NORM_EVERY == 0 or done == self.steps):
+            module.row["delta_norm"] = module.delta_norm()
+
+
+@dataclass
 class Watching(lightning.Callback):
     """Ends a run that diverges, before its state is saved."""
 
@@ -71,18 +85,13 @@ class Rows(lightning.Callback):
 
     journal: Journal
     tracker: Tracker
-    steps: int
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        if not batch.last:
-            return
-        row, done = module.row, batch.step + 1
-        if done % NORM_EVERY == 0 or done == self.steps:
-            row["delta_norm"] = module.delta_norm()
-        self.journal.write(row)
-        self.tracker.log(done, shown(row))
+        if batch.last:
+            self.journal.write(module.row)
+            self.tracker.log(batch.step + 1, shown(module.row))
 
 
 def shown(row: Row) -> dict[str, float]:

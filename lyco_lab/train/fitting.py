@@ -22,6 +22,7 @@ from lyco_lab.train.module import Training
 from lyco_lab.train.plugged import Plugged, count_from
 from lyco_lab.train.processes import Environment, Process, agree
 from lyco_lab.train.recompute import recomputing
+from lyco_lab.train.sharing import Sharing
 from lyco_lab.train.validation import split
 
 
@@ -83,10 +84,15 @@ def fit(
 
 def averaging(run: Run, module: Training, feed: Feed) -> DDPStrategy:
     """How several processes share their gradients."""
-    unused = run.trainer.strategy.endswith("_true")
-    if run.trainer.strategy == "auto" and run.reads_texts:
+    strategy = run.trainer.strategy
+
+    def idle() -> bool:
         # Some families use what comes before a text encoder's last layer, which so has no effect.
-        unused = module.has_idle_factors(next(iter(feed)))
+        return run.reads_texts and module.has_idle_factors(next(iter(feed)))
+
+    if strategy == "fsdp":
+        return Sharing(idle, broadcast_buffers=False)
+    unused = idle() if strategy == "auto" else strategy.endswith("_true")
     return DDPStrategy(find_unused_parameters=unused, broadcast_buffers=False)
 
 

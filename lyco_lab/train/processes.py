@@ -30,6 +30,7 @@ from lyco_lab.workers import begin
 HOST = "127.0.0.1"
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # environment variables that Lightning sets
 GRACE_S = 30.0  # for the first to notice by itself that another has ended
+ENDING_S = 2.0  # for another to end when it is told to
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def together(ranks: int, follow: Follow, *arguments: Any) -> Iterator[Process]:
         over.set()
         for process_ in others:
             process_.terminate()
+            process_.join(ENDING_S)
+            process_.kill()  # one that waits for a message hears nothing else; it writes nothing
             process_.join()
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -34,7 +34,7 @@ from lyco_lab.formats import embedding, kohya
 from lyco_lab.miniature import placed
 from lyco_lab.record import Record
 from lyco_lab.tracking import track
-from lyco_lab.train.callbacks import Rows, Samples, Saving, Stop, Validating, Watching
+from lyco_lab.train.callbacks import Norms, Rows, Samples, Saving, Stop, Validating, Watching
 from lyco_lab.train.checkpoint import Checkpoints, read
 from lyco_lab.train.divergence import Divergence
 from lyco_lab.train.exact import Inexact, exact
@@ -116,7 +116,8 @@ def _train(run: Run, record: Record, strict: bool) -> None:
             between = [
                 *validating(run, record, diffusion, shown),
                 *plugs.around(state.callbacks if state else {}, run.train.validate_every),
-                Rows(journal, tracker, run.train.steps),
+                Norms(run.train.steps),
+                Rows(journal, tracker),
                 Samples(run, images.captions, folder / "samples", tracker),
                 Watching(Divergence.of(run.train, journal.path, first)),
                 saving,
@@ -159,6 +160,9 @@ def follow(
     shown = material(run, dataset(run, record), diffusion)
     plugs = plugged(run, record.path / STAGE, process.rank)
     between = plugs.around(state.callbacks if state else {}, run.train.validate_every)
+    if run.trainer.strategy == "fsdp":  # the first cannot look at weights without the others
+        validated = validating(run, record, diffusion, shown, say=lambda line: None)
+        between = [*validated, *between, Norms(run.train.steps)]
 
     def go() -> None:
         with exact(threads, strict=strict):
@@ -191,7 +195,11 @@ def device(run: Run, rank: int = 0) -> torch.device:
 
 
 def validating(
-    run: Run, record: Record, diffusion: Diffusion, shown: Cache | Stored
+    run: Run,
+    record: Record,
+    diffusion: Diffusion,
+    shown: Cache | Stored,
+    say: Callable[[str], None] = print,
 ) -> Iterator[Validating]:
     """What looks at images that are not trained on, if the run wants it."""
     settings = run.train
@@ -207,7 +215,7 @@ def validating(
         held = list(range(len(order.repeats)))
         where = f"images of {settings.validation_folder} are looked at"
     validation = Validation(shown, order, held, settings.batch_size)
-    print(f"{len(held)} {where}, at {validation.draws} timesteps each")
+    say(f"{len(held)} {where}, at {validation.draws} timesteps each")
     yield Validating(validation, settings.validate_every)
 
 
