@@ -102,7 +102,7 @@ def test_shared_weights_in_half_precision(opened):
 
 def frozen(module):
     """The frozen weights, as its layers have them now."""
-    for part in module.models.modules():
+    for part in module.modules():
         for parameter in part._parameters.values():
             if parameter is not None and not parameter.requires_grad and parameter.dim():
                 yield parameter
@@ -118,12 +118,29 @@ def live():
 
 @pytest.mark.slow
 def test_each_process_holds_its_share(opened, monkeypatch):
-    """Half of each weight's rows between steps, and never all weights at once in between."""
-    held, alive, peaks, watched = {}, {}, [], set()
-    rows_end, start = Rows.on_train_batch_end, Training.on_train_batch_start
+    """Half of each weight's rows between steps, and in the steps never all of the UNet."""
+    held, alive, gathered, sizes, watched = {}, {}, [], {}, set()
+    made, start, rows_end = (
+        Training.__init__, Training.on_train_batch_start, Rows.on_train_batch_end,
+    )  # fmt: skip
 
-    def whole(module):
-        return sum(p.nbytes for p in frozen(module) if not hasattr(p, "full_tensor"))
+    def count(self, *arguments):
+        made(self, *arguments)
+        weights = list(frozen(self))
+        sizes["shares"] = sum(-(-p.shape[0] // 2) * p[0].nbytes for p in weights)
+        sizes["smallest"] = min(p.nbytes for p in weights)
+        sizes["unet"] = sum(p.nbytes for p in frozen(self.diffusion.unet))
+
+    def watch(self, batch, batch_idx):
+        start(self, batch, batch_idx)
+        if where == "shared":
+            for factor in set(self.trained) - watched:
+                factor.register_post_accumulate_grad_hook(lambda _: look_around(self))
+            watched.update(self.trained)
+
+    def look_around(module):
+        weights = frozen(module.diffusion.unet)
+        gathered.append(sum(p.nbytes for p in weights if not hasattr(p, "full_tensor")))
 
     def look(self, trainer, module, outputs, batch, batch_idx):
         rows_end(self, trainer, module, outputs, batch, batch_idx)
@@ -131,33 +148,15 @@ def test_each_process_holds_its_share(opened, monkeypatch):
         held[where] = sum(p.untyped_storage().nbytes() for p in kept)
         alive[where] = live()
 
-    def watch(self, batch, batch_idx):
-        start(self, batch, batch_idx)
-        for parameter in self.trained:
-            if where == "shared" and parameter not in watched:
-                watched.add(parameter)
-                parameter.register_post_accumulate_grad_hook(lambda _: peaks.append(whole(self)))
-
-    monkeypatch.setattr(Rows, "on_train_batch_end", look)
+    monkeypatch.setattr(Training, "__init__", count)
     monkeypatch.setattr(Training, "on_train_batch_start", watch)
-    shares = smallest = 0
+    monkeypatch.setattr(Rows, "on_train_batch_end", look)
     for where, trainer in (("whole", WHOLE), ("shared", SHARED)):
-        run, record = opened(where, trainer, steps=3)
-        made = Training.__init__
-
-        def count(self, *arguments, made=made):
-            nonlocal shares, smallest
-            made(self, *arguments)
-            smallest = min(p.nbytes for p in frozen(self))
-            shares = sum(-(-p.shape[0] // 2) * p[0].nbytes for p in frozen(self))
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Training, "__init__", count)
-            train(run, record)
-    assert held["shared"] == shares < 0.51 * held["whole"]
+        train(*opened(where, trainer, steps=3))
+    assert held["shared"] == sizes["shares"] < 0.51 * held["whole"]
     # What else there is has not grown by as much as the smallest weight.
-    assert alive["shared"] - held["shared"] < alive["whole"] - held["whole"] + smallest
-    assert 0 < max(peaks) < held["whole"]
+    assert alive["shared"] - held["shared"] < alive["whole"] - held["whole"] + sizes["smallest"]
+    assert 0 < max(gathered) < sizes["unet"]
 
 
 @pytest.mark.slow
