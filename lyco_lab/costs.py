@@ -9,7 +9,7 @@ A study's folder may hold costs.csv, with figures that are stated and not comput
     source    who says so, and on what
 
 Disk counts numbers in float32: an adapter one for each trained parameter, a checkpoint that one
-and the optimizer's two moments. Of each run the last two are kept.
+and the optimizer's two moments. Two are kept of a run that trains, and the last when it is done.
 """
 
 import csv
@@ -23,7 +23,7 @@ from lyco_lab.errors import UserError
 
 TABLE = "costs.csv"
 COLUMNS = ("run", "hours", "steps", "memory_gb", "source")
-FLOAT, MOMENTS, CHECKPOINTS = 4, 2, 2
+FLOAT, MOMENTS = 4, 2
 GIB = 2**30
 
 
@@ -74,10 +74,11 @@ def estimates(study: Study, plans: Sequence[Plan], begin: Mapping[str, int]) -> 
     said = [f"training: {steps:,} steps, {samples:,} samples seen"]
     said.append(_generating(plans))
     factors = [plan.params * FLOAT for plan in plans]
-    states = [CHECKPOINTS * (1 + MOMENTS) * size for size in factors]
+    states = [(1 + MOMENTS) * size for size in factors]
+    kept = sum(states) + max(states)
     said.append(
-        f"disk: {sum(factors) / GIB:.1f} GiB of adapters, up to {sum(states) / GIB:.1f} GiB of "
-        f"checkpoints, of one run {max(states) / GIB:.1f}; and the images"
+        f"disk: {sum(factors) / GIB:.1f} GiB of adapters, {kept / GIB:.1f} GiB of "
+        f"checkpoints, of a run that is done {max(states) / GIB:.1f} at most; and the images"
     )
     table = stated(study.folder)
     if not table:

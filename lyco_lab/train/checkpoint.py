@@ -1,6 +1,6 @@
 """The state of a run on disk: factors, their average, optimizer, and the number of steps done.
 
-    train/checkpoints/step00000100.ckpt     the last two are kept
+    train/checkpoints/step00000100.ckpt     the last two are kept, of a run that is done the last
 
 The frozen model is not in it, nor a generator: those depend on the configuration and the step
 alone. The file holds plain containers and is read with `weights_only=True`. It appears under its
@@ -44,7 +44,11 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         write(self.file(state.step), state)
-        for old in self.files()[KEPT:]:
+        self.keep(KEPT)
+
+    def keep(self, count: int) -> None:
+        """Delete all but the newest."""
+        for old in self.files()[count:]:
             old.unlink()
 
     def file(self, step: int) -> Path:

@@ -52,7 +52,10 @@ def share(module: Training, device: str) -> None:
     for network in module.diffusion.parts.values():
         whole = factors | {p for p in network.parameters() if p.dim() == 0}  # has no rows
         for block in blocks(network):
+            kind = type(block)
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+            # The hooks are on; and by its very class transformers knows what a model can return.
+            block.__class__ = kind
 
 
 def blocks(network: nn.Module) -> list[nn.Module]:

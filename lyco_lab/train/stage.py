@@ -140,6 +140,7 @@ def _train(run: Run, record: Record, strict: bool) -> None:
         facts |= exactness.facts(facts["device"]) | {"steps": done}
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
     record.finish(STAGE, train_seconds=saving.total_seconds(), **facts)
+    checkpoints.keep(1)  # for a run with more steps
 
 
 def follow(

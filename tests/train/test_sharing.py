@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lyco_lab.adapters.options import Options
-from lyco_lab.config import Embedding, Trainer
+from lyco_lab.config import Embedding, Model, Trainer
 from lyco_lab.data.stage import prepare
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
@@ -19,7 +19,8 @@ from lyco_lab.train import train
 from lyco_lab.train.callbacks import Rows
 from lyco_lab.train.module import Training
 from lyco_lab.train.sharing import blocks
-from tests.conftest import TRIGGER
+from tests.conftest import TRIGGER, tiny_tokenizer
+from tests.diffusion import tiny
 from tests.train.stepping import at_step
 from tests.train.test_processes import OTHERS, SETTINGS, stop_at
 from tests.train.test_stage import factors, rows
@@ -84,6 +85,21 @@ def test_shared_weights_train_what_whole_ones_do(opened, capfd, case):
     square = sum(float(((ours[name] - theirs[name]) ** 2).sum()) for name in theirs)
     size = sum(float((theirs[name] ** 2).sum()) for name in theirs)
     assert square < 1e-6 * size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd3-t5"])
+def test_several_text_encoders_are_shared_out(opened, tmp_path, family):
+    folder = tiny.save(family, tmp_path / family, tiny_tokenizer())
+    parts = {"model": Model(path=str(folder), text_encoder=True)}
+    (run, found), (other, expected) = (
+        opened(where, trainer, parts, gradient_checkpointing=True, steps=4)
+        for where, trainer in (("shared", SHARED), ("whole", WHOLE))
+    )
+    train(run, found)
+    train(other, expected)
+    assert rows(found)[0]["loss"] == rows(expected)[0]["loss"]
+    same_training(found, expected)
 
 
 @pytest.mark.slow
