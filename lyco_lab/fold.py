@@ -44,6 +44,7 @@ OWN_COLUMNS = ("lr", "lr_text_encoder", "grad_norm")  # of METRICS: they move wi
 ORIGIN, HOW = "shared_from", "equivalence"  # facts of a stage whose result is shared
 BITWISE, ROUNDED = "bit for bit", "up to rounding"
 SAID = "shared.txt"
+LOOKED_AT = {"digest": "training images", "model": "model's weights"}  # facts of the data stage
 ASIDE = "shared"  # keeps a shared result until the run has one of its own
 
 
@@ -203,7 +204,7 @@ def discard(record: Record) -> None:
 def _check_same_images(fold: Fold, record: Record, source: Record) -> None:
     """Equal settings say nothing of a folder whose images were changed between two runs."""
     ours, theirs = record.facts(DATA), source.facts(DATA)
-    for fact, what in (("digest", "training images"), ("model", "model's weights")):
+    for fact, what in LOOKED_AT.items():
         if ours[fact] != theirs[fact]:
             raise UserError(
                 f"run {fold.run.name!r} cannot take the result of {fold.source.name!r}: the "

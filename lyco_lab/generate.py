@@ -10,10 +10,11 @@ Four types of prompt ask four questions (Yeh et al. 2024, appendix D.3):
 A folder of several concepts is asked for each of them, by its own prompts. Image i of each concept
 and type has the seed `generate.seed + i` in every model, the base included, so images differ by the
 adapter alone and can be compared pair by pair; and batches end with their concept, so a concept's
-images are those that it would have alone. The adapter is merged before
-sampling, unless it depends on the timestep: no image pays for it. Sampling is in float32 whatever
-training was in, since a merged weight rounded to half precision loses the small updates that are
-being compared.
+images are those that it would have alone.
+
+The adapter is merged before sampling, unless it depends on the timestep: no image pays for it.
+Sampling is in float32 whatever training was in, since a merged weight rounded to half precision
+loses the small updates that are being compared.
 
     NAME-HASH/generate/KIND/0000.png    the run's images;  generate/images.parquet lists them
     base/NAME-HASH/KIND/0000.png        the base model's, shared by all runs that ask the same

@@ -20,6 +20,7 @@ Runs that a study names in its `pairs` train from their first step.
 """
 
 import json
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +30,7 @@ from typing import Any
 import yaml
 
 from lyco_lab.config import Run
-from lyco_lab.fold import DATA, TRAIN, link, trained
+from lyco_lab.fold import DATA, LOOKED_AT, TRAIN, link, trained
 from lyco_lab.record import Record, atomic, identity
 from lyco_lab.tracking import track
 from lyco_lab.train import journal
@@ -37,6 +38,7 @@ from lyco_lab.train.callbacks import NORM_EVERY, shown
 from lyco_lab.train.checkpoint import Checkpoints, read
 
 SAID = "began.txt"
+UNREADABLE = (math.inf, "")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def begin(run: Run, record: Record) -> None:
         return
     root = record.path.parent
     for start, other in sorted(_shorter(run, root), key=lambda each: -each[0].steps):
-        state = read(Checkpoints(other.path / TRAIN / "checkpoints").file(start.steps))
+        state = read(Checkpoints.of(other).file(start.steps))
         if state is None or not _of_the_same(record, other):
             continue
         folder = record.path / TRAIN
@@ -108,12 +110,12 @@ def begin(run: Run, record: Record) -> None:
                 tracker.log(int(row["step"] or 0), shown(row))
         journal.write(folder / "metrics.csv", rows)
         # Last, since with it the run has begun.
-        Checkpoints(folder / "checkpoints").save(state)
+        Checkpoints.of(record).save(state)
         return
 
 
 def _begun(record: Record) -> bool:
-    return record.done(TRAIN) or bool(Checkpoints(record.path / TRAIN / "checkpoints").files())
+    return record.done(TRAIN) or bool(Checkpoints.of(record).files())
 
 
 def _shorter(run: Run, root: Path) -> Iterator[tuple[Start, Record]]:
@@ -123,16 +125,15 @@ def _shorter(run: Run, root: Path) -> Iterator[tuple[Start, Record]]:
     wanted = _but_steps(run)
     for mark in sorted(root.glob(f"*/done/{TRAIN}.json")):
         record = Record(mark.parents[1])
-        config = _config(record.path / "config.yaml")
-        steps = config.get("train", {}).get("steps", run.train.steps)
-        if steps < run.train.steps and _without_steps(config) == wanted and trained(record):
-            yield Start(record.path.name, steps), record
+        steps, rest = _read(record.path / "config.yaml")
+        if steps < run.train.steps and rest == wanted and trained(record):
+            yield Start(record.path.name, int(steps)), record
 
 
 def _of_the_same(record: Record, other: Record) -> bool:
     """Equal settings say nothing of images or weights that were changed in between."""
     ours, theirs = record.facts(DATA), other.facts(DATA)
-    return all(ours[fact] == theirs[fact] for fact in ("digest", "model"))
+    return all(ours[fact] == theirs[fact] for fact in LOOKED_AT)
 
 
 def _but_steps(run: Run) -> str:
@@ -140,18 +141,19 @@ def _but_steps(run: Run) -> str:
 
 
 def _without_steps(config: Mapping[str, Any]) -> str:
-    train = {key: value for key, value in config.get("train", {}).items() if key != "steps"}
+    train = {key: value for key, value in config["train"].items() if key != "steps"}
     return json.dumps(identity({**config, "train": train}), sort_keys=True, default=str)
 
 
+def _read(path: Path) -> tuple[float, str]:
+    """The steps of a run's config.yaml, and the rest; (inf, "") where it cannot be read."""
+    return _read_once(path, path.stat().st_mtime_ns) if path.is_file() else UNREADABLE
+
+
 @lru_cache(maxsize=1024)
-def _read(path: Path, _changed_ns: int) -> dict[str, Any]:
+def _read_once(path: Path, _changed_ns: int) -> tuple[float, str]:
     try:
-        found = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _config(path: Path) -> dict[str, Any]:
-    return _read(path, path.stat().st_mtime_ns) if path.is_file() else {}
+        config = yaml.safe_load(path.read_text())
+        return int(config["train"]["steps"]), _without_steps(config)
+    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        return UNREADABLE

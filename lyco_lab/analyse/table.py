@@ -30,14 +30,13 @@ from lyco_lab.data.stage import dataset
 from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Metric
-from lyco_lab.evaluate.stage import CONCEPTS, REAL, STAGE
+from lyco_lab.evaluate.stage import CONCEPTS, METRICS_FILE, REAL, STAGE
 from lyco_lab.generate import drawn
 from lyco_lab.record import Record, atomic
 
 BASE = "base"
 RESULTS = "results.csv"
 BY_CONCEPT = "concepts.csv"
-METRICS_FILE = "metrics.json"
 FIRST = (
     "image_similarity_train",
     "image_similarity_alter",

@@ -45,7 +45,8 @@ from lyco_lab.record import Record, atomic
 
 STAGE = "evaluate"
 REAL = "real"
-CONCEPTS = "concepts"  # in metrics.json, above their names
+METRICS_FILE = "metrics.json"
+CONCEPTS = "concepts"  # in it, above their names
 FOREIGN = (
     "the encoders that score images were trained on pictures of the embedded world alone: of other "
     "pictures their scores say little"
@@ -96,7 +97,7 @@ def evaluate(run: Run, record: Record) -> None:
     with atomic(folder / "images.parquet") as temporary:
         per_image.to_parquet(temporary, index=False)
     scores = told(found, several)
-    write_json(folder / "metrics.json", scores)
+    write_json(folder / METRICS_FILE, scores)
     show(run, record, per_image, {kind: scores[kind] for kind in dict.fromkeys(made["kind"])})
     record.finish(STAGE, images=len(made), references=f"{base.name}/{references.name}")
 
@@ -166,7 +167,7 @@ def show(run: Run, record: Record, per_image: pd.DataFrame, scores: Summary) -> 
             }
         )
         tracker.table("eval/images", list(rows.columns), rows.values.tolist())
-        for name in ("images.parquet", "metrics.json"):
+        for name in ("images.parquet", METRICS_FILE):
             tracker.file(record.path / STAGE / name, f"{run.name}-{Path(name).stem}", "metrics")
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyco_lab.record import atomic
+from lyco_lab.record import Record, atomic
 
 KEPT = 2
 Factors = dict[str, dict[str, Tensor]]  # part -> 'layer.factor' -> value
@@ -41,6 +41,11 @@ class State:
 @dataclass(frozen=True)
 class Checkpoints:
     folder: Path
+
+    @classmethod
+    def of(cls, record: Record) -> "Checkpoints":
+        """Those of a run."""
+        return cls(record.path / "train" / "checkpoints")
 
     def save(self, state: State) -> None:
         write(self.file(state.step), state)

@@ -71,7 +71,7 @@ def _train(run: Run, record: Record, strict: bool) -> None:
     diffusion = frozen(run)
     mounted = mount(run, diffusion)
     module = training(run, diffusion, mounted)
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = Checkpoints.of(record)
     state = checkpoints.latest(rows_of(folder / "metrics.csv"))
     first = 0 if state is None else state.step
     if state is not None:
@@ -151,7 +151,7 @@ def follow(
     module = training(run, diffusion, mount(run, diffusion))
     threads, state = None, None
     if first:
-        state = read(Checkpoints(record.path / STAGE / "checkpoints").file(first))
+        state = read(Checkpoints.of(record).file(first))
         if state is None:
             raise UserError(
                 f"process {process.rank + 1} cannot read the checkpoint of step {first}"

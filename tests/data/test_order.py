@@ -22,6 +22,19 @@ def images(draw):
     return draw(numbers), draw(numbers)
 
 
+def with_prior(repeats, buckets, batch_size, seed, share):
+    """And a prior image in each of their buckets, behind them."""
+    known = sorted(set(buckets))
+    return Order(
+        [*repeats, *[1] * len(known)],
+        batch_size,
+        seed,
+        buckets=[*buckets, *known],
+        prior=[False] * len(repeats) + [True] * len(known),
+        prior_share=share,
+    )
+
+
 def counts(order, steps):
     return Counter(torch.cat([order.indices(step) for step in range(steps)]).tolist())
 
@@ -90,20 +103,12 @@ def test_buckets_of_one_kind_change_nothing(images, batch_size, seed):
 @given(images(), st.integers(1, 6), seeds, shares)
 def test_prior_images_have_their_share_of_every_batch(images, batch_size, seed, share):
     repeats, buckets = images
-    known = sorted(set(buckets))
-    order = Order(
-        [*repeats, *[1] * len(known)],
-        batch_size,
-        seed,
-        buckets=[*buckets, *known],
-        prior=[False] * len(repeats) + [True] * len(known),
-        prior_share=share,
-    )
+    order = with_prior(repeats, buckets, batch_size, seed, share)
     places = Counter()
     priors = Counter()
     for step in range(30):
         shown = order.indices(step).tolist()
-        bucket = {[*buckets, *known][i] for i in shown}.pop()
+        bucket = {[*buckets, *sorted(set(buckets))][i] for i in shown}.pop()
         prior = sum(i >= len(repeats) for i in shown)
         assert abs(prior - batch_size * share) < 1
         places[bucket] += batch_size
@@ -115,15 +120,7 @@ def test_prior_images_have_their_share_of_every_batch(images, batch_size, seed, 
 def test_epochs_with_prior_images_are_of_the_others(images, batch_size, seed, share, epochs):
     repeats, buckets = images
     buckets = [b % 2 for b in buckets]
-    known = sorted(set(buckets))
-    order = Order(
-        [*repeats, *[1] * len(known)],
-        batch_size,
-        seed,
-        buckets=[*buckets, *known],
-        prior=[False] * len(repeats) + [True] * len(known),
-        prior_share=share,
-    )
+    order = with_prior(repeats, buckets, batch_size, seed, share)
     steps = next(s for s in range(500) if order.epoch(s) >= epochs)
     shown = counts(order, steps + 1)
     for i, times in enumerate(repeats):
