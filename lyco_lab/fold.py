@@ -30,8 +30,9 @@ from pathlib import Path
 
 from lyco_lab.config import Run, Study
 from lyco_lab.errors import UserError
+from lyco_lab.files import PART, atomic, locked, writing
 from lyco_lab.gamma import Equivalence, classes, differences, equivalent, is_power_of_two
-from lyco_lab.record import STAGES, Record, atomic, identity, locked, writing
+from lyco_lab.record import STAGES, Record, identity
 
 DATA, TRAIN, GENERATE, EVALUATE = STAGES
 LEAVES = {  # stage -> what it leaves in a run's folder
@@ -235,7 +236,7 @@ def _both(*records: Record) -> Iterator[None]:
 def _staging(record: Record) -> Iterator[Path]:
     """A folder inside the run's, for what is not complete and for what is replaced."""
     with writing(record.path):
-        staging = Path(tempfile.mkdtemp(prefix=".part-", dir=record.path))
+        staging = Path(tempfile.mkdtemp(prefix=PART, dir=record.path))
         try:
             yield staging
         finally:
@@ -248,7 +249,7 @@ def _copy(source: Path, target: Path) -> None:
     if source.is_file():
         link(source, target)
         return
-    left_out = shutil.ignore_patterns("checkpoints", METRICS, ".part-*")
+    left_out = shutil.ignore_patterns("checkpoints", METRICS, f"{PART}*")
     shutil.copytree(source, target, copy_function=link, ignore=left_out)
     if (source / METRICS).is_file():
         (target / METRICS).write_text(_without_own_columns(source / METRICS))

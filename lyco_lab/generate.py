@@ -44,11 +44,12 @@ from lyco_lab.diffusion import word
 from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.files import atomic, locked
 from lyco_lab.formats import embedding, kohya
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.prompts import Prompt, prompts
 from lyco_lab.progress import track
-from lyco_lab.record import Record, atomic, locked
+from lyco_lab.record import Record
 from lyco_lab.train import embedding_file
 
 STAGE = "generate"

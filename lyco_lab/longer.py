@@ -30,8 +30,9 @@ from typing import Any
 import yaml
 
 from lyco_lab.config import Run
+from lyco_lab.files import atomic
 from lyco_lab.fold import DATA, LOOKED_AT, TRAIN, link, trained
-from lyco_lab.record import Record, atomic, identity
+from lyco_lab.record import Record, identity
 from lyco_lab.tracking import track
 from lyco_lab.train import journal
 from lyco_lab.train.callbacks import NORM_EVERY, shown

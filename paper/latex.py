@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 NOTHING = "--"
 ESCAPES = {character: rf"\{character}" for character in "&%$#_{}"}

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.text import Annotation  # noqa: E402
 from matplotlib.transforms import Bbox  # noqa: E402
 
-from lyco_lab.record import atomic  # noqa: E402
+from lyco_lab.files import atomic  # noqa: E402
 
 P = ParamSpec("P")
 R = TypeVar("R")

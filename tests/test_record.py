@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lyco_lab import record
+from lyco_lab import files
 from lyco_lab.errors import UserError
-from lyco_lab.record import Record, atomic, digest, identity, locked
+from lyco_lab.files import atomic, locked
+from lyco_lab.record import Record, digest, identity
 
 CONFIG = {"name": "lora", "study": "demo", "seed": 0, "train": {"lr": 1e-3, "betas": [0.9, 0.99]}}
 keys = st.text("abcdef", min_size=1, max_size=4)
@@ -62,7 +63,7 @@ def test_a_kill_while_writing_keeps_the_old_file_and_reopening_clears_the_half(t
     target = opened.path / "checkpoint"
     target.write_text("old")
     script = (
-        "import os, signal; from pathlib import Path; from lyco_lab.record import atomic\n"
+        "import os, signal; from pathlib import Path; from lyco_lab.files import atomic\n"
         f"with atomic(Path({str(target)!r})) as temporary:\n"
         "    temporary.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -85,7 +86,7 @@ def test_reopening_leaves_alone_what_another_process_is_writing(tmp_path):
 
 def test_a_locked_folder_is_waited_for(tmp_path):
     script = (
-        "from pathlib import Path; from lyco_lab.record import locked\n"
+        "from pathlib import Path; from lyco_lab.files import locked\n"
         f"with locked(Path({str(tmp_path)!r})): Path({str(tmp_path / 'x')!r}).touch()"
     )
     with locked(tmp_path):
@@ -120,7 +121,7 @@ def test_missing_rights_are_a_user_error(tmp_path, monkeypatch, number):
     def refuse(*args, **kwargs):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(record.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)
     with pytest.raises(UserError, match=f"cannot write in {tmp_path}"), atomic(tmp_path / "x"):
         pass
 
@@ -139,8 +140,8 @@ def test_a_full_disk_is_a_user_error_and_keeps_the_old_file(tmp_path, number):
 
 def test_a_full_disk_is_recognised_where_the_writer_hides_it(tmp_path, monkeypatch):
     # torch.save and safetensors report a failed write as a plain RuntimeError.
-    usage = record.shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(record.shutil, "disk_usage", lambda path: usage)
+    usage = files.shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="no space left"), atomic(tmp_path / "x"):
         raise RuntimeError("file write failed")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lyco_lab.errors import UserError
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 COLUMNS = ("pair", "step", "loss_gamma", "loss_rewritten")
 

@@ -31,8 +31,9 @@ from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Metric
 from lyco_lab.evaluate.stage import CONCEPTS, METRICS_FILE, REAL, STAGE
+from lyco_lab.files import atomic
 from lyco_lab.generate import drawn
-from lyco_lab.record import Record, atomic
+from lyco_lab.record import Record
 
 BASE = "base"
 RESULTS = "results.csv"

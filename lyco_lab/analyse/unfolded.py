@@ -29,11 +29,12 @@ from lyco_lab.analyse.gamma_pair import Verdict
 from lyco_lab.analyse.table import study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.diffusion.model import load
+from lyco_lab.files import atomic
 from lyco_lab.fold import BITWISE, ROUNDED, trained
 from lyco_lab.formats import kohya
 from lyco_lab.gamma import alike, classes, equivalent
 from lyco_lab.miniature import placed
-from lyco_lab.record import Record, atomic
+from lyco_lab.record import Record
 
 FOLDING = "folding.csv"
 DIFFERENT = "different"

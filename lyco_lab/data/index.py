@@ -34,7 +34,7 @@ from lyco_lab.data.memo import Known, Memo
 from lyco_lab.data.scan import Folder, Lost, Stamp, walk
 from lyco_lab.data.sources import MASK_FOLDER, MASK_SUFFIX, Source
 from lyco_lab.errors import UserError
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 SAVE_EVERY_S = 10.0  # a look at many files that is stopped loses no more than this
 # "class" and "leaf": the concept that an image is of and its sub-class, as lists or folders say.

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lyco_lab.data.scan import UNSETTLED, Stamp
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 VERSION = b"1"  # of what is learned; another one is read anew
 SCHEMA = pa.schema(

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 KEY_BYTES = 16
 OPEN = 8  # files mapped at once: their pages count as memory of the process

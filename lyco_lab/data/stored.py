@@ -37,8 +37,8 @@ from lyco_lab.data.pixels import Picture
 from lyco_lab.data.shards import Damaged, Keys, Shards, key
 from lyco_lab.diffusion.model import Diffusion, Sizes
 from lyco_lab.errors import UserError
+from lyco_lab.files import atomic, locked
 from lyco_lab.progress import Bar
-from lyco_lab.record import atomic, locked
 
 VERSION = 1  # of what keys stand for: another rule of cutting needs another number
 ENCODED = 16  # images, or captions, that a model is given at once

@@ -36,11 +36,12 @@ from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import check_model, prepare
 from lyco_lab.errors import Interrupted
 from lyco_lab.evaluate.stage import evaluate
+from lyco_lab.files import locked
 from lyco_lab.fold import TRAIN, Fold, discard, folding, in_pairs, set_aside, share
 from lyco_lab.generate import generate
 from lyco_lab.longer import begin as begin_from_shorter
 from lyco_lab.longer import lines
-from lyco_lab.record import STAGES, Record, locked
+from lyco_lab.record import STAGES, Record
 from lyco_lab.report import page
 from lyco_lab.train import plugs, train
 from lyco_lab.workers import begin

@@ -37,11 +37,12 @@ from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.attributes import CONCEPT_FAMILY
 from lyco_lab.evaluate.base import Encoded, Images, Judges, Score, View
+from lyco_lab.files import atomic
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table, scored
 from lyco_lab.miniature import judges as miniature_judges
 from lyco_lab.progress import track
-from lyco_lab.record import Record, atomic
+from lyco_lab.record import Record
 
 STAGE = "evaluate"
 REAL = "real"

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lyco_lab.errors import UserError
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 ALONE = "emb_params"
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}

@@ -41,7 +41,7 @@ from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.adapters.options import SCALAR, Options, Override
 from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 PREFIXES = {
     "unet": "lora_unet_",

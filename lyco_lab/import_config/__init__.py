@@ -24,11 +24,11 @@ import yaml
 from lyco_lab.config import Study, load_study
 from lyco_lab.data.sdscripts import read_toml
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.files import writing
 from lyco_lab.import_config import pictures, training
 from lyco_lab.import_config.adapter import adapter
 from lyco_lab.import_config.keys import Keys
 from lyco_lab.import_config.known import HARMLESS, READ, UNSUPPORTED
-from lyco_lab.record import writing
 
 SECTIONS = ("model", "data", "adapter", "options", "optimizer", "train")
 TO_FILL_IN = (

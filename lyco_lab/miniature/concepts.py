@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.files import atomic
 from lyco_lab.miniature.vocabulary import BASE, Scene, sample, surroundings
 from lyco_lab.miniature.world import render
-from lyco_lab.record import atomic
 
 
 @dataclass(frozen=True)

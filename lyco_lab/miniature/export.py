@@ -10,11 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from lyco_lab.errors import UserError
+from lyco_lab.files import atomic, writing
 from lyco_lab.miniature import concepts
 from lyco_lab.miniature.vocabulary import caption
 from lyco_lab.miniature.world import drawn
 from lyco_lab.progress import track
-from lyco_lab.record import atomic, writing
 
 
 def write(out: Path, count: int, seed: int = 0) -> None:

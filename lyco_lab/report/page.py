@@ -19,10 +19,11 @@ from lyco_lab.analyse.table import BASE, over, quoted, record_of, study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import dataset
 from lyco_lab.evaluate.stage import FOREIGN, foreign
+from lyco_lab.files import atomic
 from lyco_lab.fold import whose
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.generate import base_folder, read_table
-from lyco_lab.record import atomic, identity
+from lyco_lab.record import identity
 from lyco_lab.report import figures, grids
 from lyco_lab.report.findings import caveat, findings
 from lyco_lab.report.table import NAMES, form_of, table_rows

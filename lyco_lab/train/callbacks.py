@@ -22,8 +22,8 @@ from lyco_lab.config import Run
 from lyco_lab.data.batches import Batch
 from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.errors import Interrupted
+from lyco_lab.files import atomic
 from lyco_lab.progress import Bar
-from lyco_lab.record import atomic
 from lyco_lab.tracking import Tracker
 from lyco_lab.train import guard
 from lyco_lab.train.checkpoint import Checkpoints, State, write

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyco_lab.record import Record, atomic
+from lyco_lab.files import atomic
+from lyco_lab.record import Record
 
 KEPT = 2
 Factors = dict[str, dict[str, Tensor]]  # part -> 'layer.factor' -> value

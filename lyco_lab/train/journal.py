@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from lyco_lab.record import atomic, writing
+from lyco_lab.files import atomic, writing
 
 COLUMNS = (
     "step", "loss", "lr", "lr_text_encoder", "grad_norm", "delta_norm", "validation_loss",

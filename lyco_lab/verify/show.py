@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lyco_lab import progress
 from lyco_lab.errors import UserError
-from lyco_lab.record import writing
+from lyco_lab.files import writing
 from lyco_lab.verify import case, table
 from lyco_lab.verify.case import Case
 from lyco_lab.verify.verdict import NONE

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 from lyco_lab.verify.case import Case, as_power
 from lyco_lab.verify.verdict import ALLOWED, DIFFERENT, EQUAL, NONE, ROUNDED, Verdict
 

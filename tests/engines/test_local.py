@@ -13,7 +13,8 @@ import pytest
 from lyco_lab.config import load_study
 from lyco_lab.engines import local
 from lyco_lab.errors import UserError
-from lyco_lab.record import Record, locked
+from lyco_lab.files import locked
+from lyco_lab.record import Record
 
 STUDY = """
 question: Is it the same?

@@ -20,12 +20,13 @@ from lyco_lab.config import Data, Generate, Run, Study, Train, Wandb
 from lyco_lab.data.stage import dataset, prepare
 from lyco_lab.evaluate import stage as evaluate_module
 from lyco_lab.evaluate.base import Images, unit
+from lyco_lab.files import atomic
 from lyco_lab.generate import ask
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.miniature.networks import VOCABULARY
 from lyco_lab.miniature.vocabulary import sample
 from lyco_lab.miniature.world import render
-from lyco_lab.record import Record, atomic
+from lyco_lab.record import Record
 
 Truths = dict[bytes, dict[str, str]]  # picture -> its attributes, the concept among them
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 from torch import nn
 
+from lyco_lab.files import atomic
 from lyco_lab.miniature.pretrain import quality
 from lyco_lab.miniature.pretrain.recipe import Recipe
-from lyco_lab.record import atomic
 
 CARD = """\
 ---

@@ -34,11 +34,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Generator, Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from lyco_lab.files import atomic
 from lyco_lab.miniature.pretrain import material, text
 from lyco_lab.miniature.pretrain.fit import Loss, fit
 from lyco_lab.miniature.pretrain.recipe import Recipe
 from lyco_lab.miniature.vocabulary import varied_caption
-from lyco_lab.record import atomic
 from lyco_lab.seeds import derive, generator
 
 SNR_LIMIT = 5.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lyco_lab.record import atomic
+from lyco_lab.files import atomic
 
 Loss = Callable[[int], Tensor]
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lyco_lab.files import atomic
 from lyco_lab.miniature.concepts import CONCEPTS
 from lyco_lab.miniature.judges import to_input
 from lyco_lab.miniature.pretrain.recipe import Recipe
 from lyco_lab.miniature.styles import Pixels
 from lyco_lab.miniature.vocabulary import BASE, Scene, sample
 from lyco_lab.miniature.world import Pictures, render
-from lyco_lab.record import atomic
 
 # Apart from each other: no picture that a model is judged on was drawn for training.
 TRAINING, VALIDATION, CONCEPT = 1, 2, 3

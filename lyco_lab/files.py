@@ -1,0 +1,131 @@
+"""Writing files so that a kill loses nothing, and telling one content from another.
+
+A file appears under its final name only when it is whole (`atomic`). One process at a time works on
+a folder (`locked`). What a kill left half-written is removed later (`sweep`). `lyco_lab.readers`
+reads.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from lyco_lab.errors import UserError
+
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+FULL = {errno.ENOSPC, errno.EDQUOT}
+LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
+LOCK = ".lock"  # held, in a folder, by the process that works on it
+PART = ".part-"  # the beginning of the names of temporary folders
+DIGEST_BYTES = 16
+
+
+@contextlib.contextmanager
+def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary path to write to; on success it becomes `path`, on error it is deleted.
+
+    `durable` waits until the disk has it, against a power cut. Images by the hundred do without:
+    that costs more than drawing them, and they can be drawn again.
+
+    It keeps the file's own name, in a folder of its own beside it, so writers that look at the
+    suffix are content and a half-written file is never caught by a listing of finished ones.
+    """
+    path = Path(path)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise UserError(f"cannot write the file {path}: a folder of that name is in the way")
+        temporary = Path(tempfile.mkdtemp(prefix=PART, dir=path.parent))
+        try:
+            yield temporary / path.name
+            if durable:
+                with open(temporary / path.name, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(temporary / path.name, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn 'disk full' and 'not allowed' inside the block into a `UserError` naming `folder`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in FULL or _nearly_full(folder):
+            raise UserError(
+                f"no space left to write in {folder}: free some and run the same command again"
+            ) from error
+        if number in UNWRITABLE:
+            reason = os.strerror(number).lower() if number else str(error)
+            raise UserError(f"cannot write in {folder}: {reason}; choose another folder") from error
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process works on `folder`, and keep others waiting meanwhile.
+
+    The lock dies with the process that holds it, however it ends.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = _open_lock(folder)
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Remove what kills left half-written below `folder`, unless a process works on it now."""
+    if not folder.is_dir():
+        return
+    with writing(folder):
+        lock = _open_lock(folder)
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        for stale in folder.rglob(f"{PART}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def digest_of(path: Path) -> str:
+    """The file's bytes as 32 hex digits of BLAKE2b, whatever its size in constant memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(
+            file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)
+        ).hexdigest()
+
+
+def _open_lock(folder: Path) -> IO[bytes]:
+    """The lock file, created if need be; never truncated, and no link to another file."""
+    path = folder / LOCK
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise UserError(
+            f"{path} is a link, and a lock has to be a file of its own: delete the link"
+        ) from error
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise UserError(f"{path} is no regular file, so it cannot be a lock: delete it")
+    return os.fdopen(number, "r+b")
+
+
+def _nearly_full(folder: Path) -> bool:
+    existing = next((p for p in (folder, *folder.parents) if p.is_dir()), Path("/"))
+    return shutil.disk_usage(existing).free < LEAST_FREE_BYTES
