@@ -25,6 +25,8 @@ LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the 
 LOCK = ".lock"  # held, in a folder, by the process that works on it
 PART = ".part-"  # the beginning of the names of temporary folders
 DIGEST_BYTES = 16
+SEAL = b"\nblake2b "  # what a sealed file's last line begins with
+SEAL_BYTES = len(SEAL) + 2 * DIGEST_BYTES + 1
 
 
 @contextlib.contextmanager
@@ -107,6 +109,13 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(
             file, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)
         ).hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Append the digest of the file's bytes to it, which `readers.read_sealed` checks."""
+    line = SEAL + digest_of(path).encode() + b"\n"
+    with open(path, "ab") as file:
+        file.write(line)
 
 
 def _open_lock(folder: Path) -> IO[bytes]:

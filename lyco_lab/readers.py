@@ -7,6 +7,7 @@ nothing larger than the format's limit is taken into memory.
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyco_lab.errors import UserError
+from lyco_lab.files import DIGEST_BYTES, SEAL, SEAL_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    import pyarrow as pa
     from numpy.typing import NDArray
     from torch import Tensor
 
 MIB = 2**20
 TEXT_BYTES = 64 * MIB  # of JSON, CSV, YAML and TOML
+TABLE_BYTES = 2**32  # of Parquet and Arrow
 MOST_PIXELS = 2**26  # of an image that this program wrote
 
 
@@ -106,13 +110,43 @@ def read_parquet(path: Path, columns: tuple[str, ...] = ()) -> "pd.DataFrame":
     import pandas as pd
     import pyarrow as pa
 
-    content = read_bytes(path, 2**32)
+    content = read_bytes(path, TABLE_BYTES)
     try:
         table = pd.read_parquet(io.BytesIO(content))
     except (pa.ArrowException, OSError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise Damaged(path, f"it is no Parquet table ({_brief(error)})") from error
     if lacking := [name for name in columns if name not in table]:
         raise Damaged(path, f"it has no column {', '.join(lacking)}")
+    return table
+
+
+def read_sealed(path: Path, most_bytes: int = TEXT_BYTES) -> memoryview:
+    """The bytes of a file that `files.seal` ended with their digest, without that line."""
+    content = memoryview(read_bytes(path, most_bytes))
+    body, line = content[:-SEAL_BYTES], bytes(content[-SEAL_BYTES:])
+    if not line.startswith(SEAL):
+        raise Damaged(path, "it does not end with its checksum")
+    digest = hashlib.blake2b(body, digest_size=DIGEST_BYTES).hexdigest()
+    if line != SEAL + digest.encode() + b"\n":
+        raise Damaged(path, "its checksum is wrong")
+    return body
+
+
+def read_arrow(path: Path) -> "pa.Table":
+    """The table in a sealed Arrow file, in memory.
+
+    The checksum comes first: Arrow believes the lengths and offsets of what it is given, and a
+    wrong one ends the process.
+    """
+    import pyarrow as pa
+
+    content = read_sealed(path, TABLE_BYTES)
+    try:
+        with pa.ipc.open_file(pa.py_buffer(content)) as reader:
+            table = reader.read_all()
+        table.validate(full=True)
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise Damaged(path, f"it is no Arrow table ({_brief(error)})") from error
     return table
 
 

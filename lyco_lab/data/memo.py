@@ -2,7 +2,8 @@
 
 One row per file, in columns: of an image its size and, once it was decoded, a digest of its bytes;
 of a caption its text; of either, why it cannot be used. A row counts only while the file has the
-stamp it was read under. The memo only saves time: without it the same is read again.
+stamp it was read under. The memo only saves time: without it the same is read again. It ends with
+a checksum of itself, so that a damaged one is noticed, and replaced.
 """
 
 from array import array
@@ -15,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lyco_lab.data.scan import UNSETTLED, Stamp
-from lyco_lab.files import atomic
+from lyco_lab.errors import UserError
+from lyco_lab.files import atomic, seal
+from lyco_lab.readers import read_arrow
 
-VERSION = b"1"  # of what is learned; another one is read anew
+VERSION = b"2"  # of what is learned; another one is read anew
 SCHEMA = pa.schema(
     [
         ("file", pa.string()),
@@ -121,12 +124,13 @@ class Memo:
         last = {file: i for i, file in enumerate(table["file"].to_pylist())}
         if len(last) < len(table):
             table = table.take(pa.array(sorted(last.values())))
-        with (
-            atomic(self.path) as temporary,
-            pa.OSFile(str(temporary), "wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as writer,
-        ):
-            writer.write_table(table, max_chunksize=2**16)
+        with atomic(self.path) as temporary:
+            with (
+                pa.OSFile(str(temporary), "wb") as file,
+                pa.ipc.new_file(file, SCHEMA) as writer,
+            ):
+                writer.write_table(table, max_chunksize=2**16)
+            seal(temporary)
         self._load()
 
 
@@ -137,12 +141,12 @@ def _view(column: Any) -> memoryview:
 
 def _read(path: Path | None) -> Any:
     """The rows of a memo; of one that is damaged or of another version, none."""
-    if path is None:
+    if path is None or not path.exists():
         return SCHEMA.empty_table()
     try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_file(file) as reader:
-            if reader.schema.equals(SCHEMA, check_metadata=True):
-                return reader.read_all().combine_chunks()
-    except (OSError, pa.ArrowInvalid):
-        pass
-    return SCHEMA.empty_table()
+        table = read_arrow(path)
+    except UserError as error:
+        print(f"{error}; every image and caption is read anew")
+        return SCHEMA.empty_table()
+    known = table.schema.equals(SCHEMA, check_metadata=True)
+    return table.combine_chunks() if known else SCHEMA.empty_table()

@@ -1,15 +1,17 @@
 """Rows of tensors on disk, each found by a key that says all it was made from.
 
     FOLDER/HASH.safetensors    n rows, some hundred: for each name a tensor (n, ...), the rows' keys
-                               (n, 16) and a checksum of each
+                               (n, 16), a checksum of each, and one of all that is no row
 
 A file is written under another name and renamed, so a kill leaves none half-written. Keys are
 digests: what a row was made from cannot change without its key. Rows are read from memory-mapped
-files and copied, so that memory stays flat; every reading checks the row's sum.
+files and copied, so that memory stays flat; every reading checks the row's sum. Opening a file
+checks names, types, shapes, keys and sums: a wrong type would give other numbers of the same bytes.
 """
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import struct
@@ -18,17 +20,20 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from lyco_lab.errors import UserError
 from lyco_lab.files import atomic
+from lyco_lab.readers import regular
 
 KEY_BYTES = 16
 OPEN = 8  # files mapped at once: their pages count as memory of the process
-KEYS, SUMS = "_keys", "_sums"
+HEADER_BYTES = 2**20
+KEYS, SUMS, CHECK = "_keys", "_sums", "check"
 DTYPES = {"F32": np.float32, "F16": np.float16, "U8": np.uint8, "I64": np.int64, "I32": np.int32}
 
 Rows = Mapping[str, NDArray[Any]]
@@ -60,25 +65,36 @@ class Keys:
         return found.digest()
 
 
+class _Spec(NamedTuple):
+    """Where a tensor lies in a file, and as what."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class _Header:
-    offsets: dict[str, int]  # in the file
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, type]
+    specs: dict[str, _Spec]
     size: int  # of the whole file
 
     @property
     def names(self) -> list[str]:
-        return sorted(name for name in self.offsets if name not in (KEYS, SUMS))
+        return sorted(name for name in self.specs if name not in (KEYS, SUMS))
 
     def array(self, data: Any, name: str, rows: slice | None = None) -> NDArray[Any]:
-        shape, dtype = self.shapes[name], np.dtype(self.dtypes[name])
-        count, size = shape[0], int(np.prod(shape[1:], dtype=np.int64))
+        dtype, (count, *shape), offset = self.specs[name]
+        size = math.prod(shape)
         first, stop, _ = (rows or slice(None)).indices(count)
         found = np.frombuffer(
-            data, dtype, (stop - first) * size, self.offsets[name] + first * size * dtype.itemsize
+            data, dtype, (stop - first) * size, offset + first * size * dtype.itemsize
         )
-        return found.reshape(stop - first, *shape[1:])
+        return found.reshape(stop - first, *shape)
 
 
 @dataclass
@@ -99,8 +115,8 @@ class Shards:
     def _add(self, file: Path) -> None:
         try:
             header, keys = _open(file)
-        except (OSError, ValueError, KeyError, TypeError, struct.error):
-            file.unlink(missing_ok=True)
+        except (OSError, ValueError, RecursionError, struct.error):
+            _remove(file)
             self.damaged += 1
             return
         self._files.append(file)
@@ -148,7 +164,7 @@ class Shards:
         name = hashlib.blake2b(b"".join(keys), digest_size=KEY_BYTES).hexdigest()
         file = self.folder / f"{name}.safetensors"
         with atomic(file) as temporary:
-            save_file(content, temporary)
+            save_file(content, temporary, {CHECK: _check(content, content[KEYS], content[SUMS])})
         self._add(file)
 
     def discard(self, shard: int) -> list[bytes]:
@@ -156,7 +172,7 @@ class Shards:
         keys = self.keys(shard)
         file = self._files[shard]
         if file is not None:
-            file.unlink(missing_ok=True)
+            _remove(file)
             self.damaged += 1
         self._files[shard] = self._headers[shard] = None
         self._maps.pop(shard, None)
@@ -190,27 +206,59 @@ def _sum(row: Rows) -> int:
     return found
 
 
+def _check(tensors: Mapping[str, Any], keys: NDArray[Any], sums: NDArray[Any]) -> str:
+    """A digest of all tensors' names, types and shapes, and of keys and sums."""
+    what = [[name, str(one.dtype), list(one.shape)] for name, one in sorted(tensors.items())]
+    h = hashlib.blake2b(json.dumps(what).encode(), digest_size=KEY_BYTES)
+    h.update(keys.tobytes())
+    h.update(sums.tobytes())
+    return h.hexdigest()
+
+
+def _spec(said: Any, start: int, size: int) -> _Spec:
+    """Of what a header says of one tensor; `ValueError` unless it lies within the file."""
+    match said:
+        case {"dtype": str(name), "shape": [int(), *_] as shape, "data_offsets": [int(a), int(b)]}:
+            if name not in DTYPES or not all(type(n) is int and n >= 0 for n in shape):
+                raise ValueError("a type or shape that is none")
+            spec = _Spec(np.dtype(DTYPES[name]), tuple(shape), start + a)
+            if not 0 <= a <= b <= size - start or b - a != spec.size:
+                raise ValueError("offsets beyond the file")
+            return spec
+    raise ValueError("no tensor")
+
+
 def _open(file: Path) -> tuple[_Header, bytes]:
     """What a file holds and where, and its keys; `ValueError` if it cannot be so."""
-    with file.open("rb") as opened:
+    with regular(file).open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         (length,) = struct.unpack("<Q", opened.read(8))
-        if length > size:
+        if length > min(size, HEADER_BYTES):
             raise ValueError("cut short")
-        content: dict[str, Any] = json.loads(opened.read(length))
-        start = 8 + length
-        content.pop("__metadata__", None)
-        header = _Header(
-            {name: start + spec["data_offsets"][0] for name, spec in content.items()},
-            {name: tuple(spec["shape"]) for name, spec in content.items()},
-            {name: DTYPES[spec["dtype"]] for name, spec in content.items()},
-            start + max(spec["data_offsets"][1] for spec in content.values()),
-        )
-        if header.size != size:
-            raise ValueError("cut short")
-        rows = {shape[0] for shape in header.shapes.values()}
-        if len(rows) != 1:
+        content = json.loads(opened.read(length))
+        if not isinstance(content, dict):
+            raise ValueError("no header")
+        said, start = content.pop("__metadata__", None), 8 + length
+        specs = {name: _spec(one, start, size) for name, one in content.items()}
+        if not {KEYS, SUMS} <= specs.keys() or len({one.shape[0] for one in specs.values()}) != 1:
             raise ValueError("rows do not agree")
-        opened.seek(header.offsets[KEYS])
-        keys = opened.read(rows.pop() * KEY_BYTES)
-    return header, keys
+        if start + sum(one.size for one in specs.values()) != size:
+            raise ValueError("cut short")
+        columns = {}
+        for name in (KEYS, SUMS):
+            spec = specs[name]
+            opened.seek(spec.offset)
+            columns[name] = np.frombuffer(opened.read(spec.size), spec.dtype)
+        if said != {CHECK: _check(specs, columns[KEYS], columns[SUMS])}:
+            raise ValueError("a checksum is wrong")
+    return _Header(specs, size), columns[KEYS].tobytes()
+
+
+def _remove(file: Path) -> None:
+    """Delete what is no shard. Where something else has its name, say which."""
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{file} is no file of the cache, and cannot be deleted: {error.strerror}; remove it"
+        ) from error

@@ -11,7 +11,6 @@ stored: captions whose tags are drawn are read by the text encoders in each step
 costs about a hundredth of it.
 """
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +36,9 @@ from lyco_lab.data.pixels import Picture
 from lyco_lab.data.shards import Damaged, Keys, Shards, key
 from lyco_lab.diffusion.model import Diffusion, Sizes
 from lyco_lab.errors import UserError
-from lyco_lab.files import atomic, locked
+from lyco_lab.files import atomic, locked, seal
 from lyco_lab.progress import Bar
+from lyco_lab.readers import read_sealed
 
 VERSION = 1  # of what keys stand for: another rule of cutting needs another number
 ENCODED = 16  # images, or captions, that a model is given at once
@@ -332,15 +332,18 @@ class Stored:
         """Captions longer than the text encoders read; counted once for all runs beside."""
         prints = [fingerprint.tokenizer(t).hex() for t in self.diffusion.tokenizers.values()]
         name = key(self.captions, self.caption_N.tolist(), prints, self.diffusion.chunks)
-        file = self.folder / "text" / f"cut-{name.hex()}.json"
-        try:
-            return int(json.loads(file.read_text()))
-        except (OSError, ValueError):
-            cut = np.array([self.diffusion.too_long(caption) for caption in self.captions])
-            count = int(cut[self.caption_N].sum())
-            with atomic(file) as temporary:
-                temporary.write_text(json.dumps(count))
-            return count
+        file = self.folder / "text" / f"cut-{name.hex()}.count"
+        if file.exists():
+            try:
+                return int(bytes(read_sealed(file)))
+            except UserError as error:
+                print(f"{error}; captions are counted anew")
+        cut = np.array([self.diffusion.too_long(caption) for caption in self.captions])
+        count = int(cut[self.caption_N].sum())
+        with atomic(file) as temporary:
+            temporary.write_text(str(count))
+            seal(temporary)
+        return count
 
     def _texts_of(self, captions: Sequence[str]) -> dict[str, NDArray[Any]]:
         rows = self.diffusion.encode_text(captions)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -397,13 +398,25 @@ def test_bad_files_are_remembered_until_they_change(tmp_path):
     assert len(found(root, Memo(tmp_path / "files.arrow"))) == 3
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense", b"ARROW1\0\0" + b"x" * 100])
-def test_a_damaged_memo_is_forgotten(tmp_path, data):
-    root = pictures.folder(tmp_path / "in")
-    (tmp_path / "files.arrow").write_bytes(data)
-    memo = Memo(tmp_path / "files.arrow")
-    assert len(found(root, memo)) == 3 and memo.read == 6
-    assert len(found(root, memo := Memo(tmp_path / "files.arrow"))) == 3 and memo.read == 0
+def test_no_changed_byte_of_a_memo_gives_another_caption(tmp_path, capsys):
+    root, path = pictures.folder(tmp_path / "in"), tmp_path / "files.arrow"
+    expected = found(root, Memo(path)).captions()
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    spoils = [b"", b"nonsense", b"ARROW1\0\0" + b"x" * 100, good + b"x", good[:-1], good[1:]]
+    for _ in range(300):
+        data = bytearray(good)
+        for at in rng.integers(0, len(data), rng.choice([1, 1, 3])):
+            data[at] = (data[at] + rng.integers(1, 256)) % 256
+        spoils.append(bytes(data[: rng.integers(0, len(data))] if rng.random() < 0.1 else data))
+    capsys.readouterr()
+    for data in spoils:
+        path.write_bytes(data)
+        memo = Memo(path)
+        assert "files.arrow is damaged" in capsys.readouterr().out
+        assert memo.find(str(root / "0.txt"), scan.Stamp(1, 2, 3)) is None
+    assert found(root, memo).captions() == expected and memo.read == 6
+    assert found(root, memo := Memo(path)).captions() == expected and memo.read == 0
+    assert not capsys.readouterr().out
 
 
 def test_balance_gives_each_class_as_much(tmp_path):

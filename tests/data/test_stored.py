@@ -252,12 +252,19 @@ def test_text_encoders_that_train_get_token_numbers(tmp_path, diffusion, begin, 
     assert encoded["captions"] == 0
 
 
-def test_captions_that_are_cut_are_counted_by_image(tmp_path, diffusion, begin):
+def test_captions_that_are_cut_are_counted_by_image(tmp_path, diffusion, begin, capsys):
     root = pictures.folder(tmp_path / "in")
     for name in ("0.txt", "1.txt"):
         (root / name).write_text("word " * 40)
     assert begin(diffusion).cut_captions == 2
-    assert begin(diffusion).cut_captions == 2
+    (kept,) = (tmp_path / "runs/cache/text").glob("cut-*")
+    good = kept.read_bytes()
+    for spoilt in (good, b"3" + good[1:], good[:-1], b"", b"2"):
+        kept.write_bytes(spoilt)
+        capsys.readouterr()
+        assert begin(diffusion).cut_captions == 2
+        assert ("captions are counted anew" in capsys.readouterr().out) == (spoilt != good)
+        assert kept.read_bytes() == good
 
 
 @pytest.fixture(scope="module")
