@@ -284,6 +284,8 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
             *([taken.get(p.run.name, "")] if taken else []),
         )
     console.print(table)
+    for line in dict.fromkeys(line for p in plans for line in p.report):
+        console.print(line, markup=False)
     console.print(f"{params:,} trained parameters in all")
     for each in folded.folds.values():
         console.print(each.sentence)

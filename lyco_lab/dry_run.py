@@ -14,7 +14,7 @@ from lyco_lab import gamma
 from lyco_lab.adapters.mount import survey
 from lyco_lab.config import Run, Study
 from lyco_lab.config.groups import check
-from lyco_lab.data.stage import look, place
+from lyco_lab.data.stage import Seen, look, place
 from lyco_lab.diffusion import targets
 from lyco_lab.diffusion.model import objective, sound
 from lyco_lab.diffusion.skeleton import parts, skeleton
@@ -38,6 +38,7 @@ class Plan:
     samples_per_epoch: int
     concepts: int  # of which images are drawn
     drawn: int  # images, of the run; as many again of the base model, for all runs that ask alike
+    report: tuple[str, ...] = ()  # lines on a user's images
 
     @property
     def epochs(self) -> float:
@@ -68,7 +69,8 @@ def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
     if run.model.path not in models:
         sound(placed(run.model))
     unknown = run.data.concept is None and str(place(run)) in absent
-    images, samples, concepts, drawn = (0, 0, 0, 0) if unknown else _count(run)
+    seen = look(run) if run.data.concept is None and not unknown else None
+    images, samples, concepts, drawn = (0, 0, 0, 0) if unknown else _count(run, seen)
     check(run.train.groups, [(layer.name, f) for layer in gamma.layers(run) for f in layer.factors])
     plugs(run)
     suits(run.train, objective(placed(run.model)))
@@ -89,14 +91,14 @@ def _plan(run: Run, models: Collection[str], absent: Collection[str]) -> Plan:
         samples_per_epoch=samples,
         concepts=concepts,
         drawn=drawn,
+        report=() if seen is None else seen.report,
     )
 
 
-def _count(run: Run) -> tuple[int, int, int, int]:
+def _count(run: Run, seen: Seen | None) -> tuple[int, int, int, int]:
     """Images, samples per epoch, concepts that are drawn, and how many images of them."""
     data = run.data
-    if data.concept is None:
-        seen = look(run)
+    if seen is not None:
         asked = ask(run, seen.concepts)
         return *seen[:2], len({prompt.concept for prompt in asked}), len(asked)
     subject = concept(str(data.concept))

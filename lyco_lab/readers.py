@@ -89,9 +89,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def read_csv(path: Path, columns: tuple[str, ...] = ()) -> list[dict[str, str]]:
+def read_csv(
+    path: Path, columns: tuple[str, ...] = (), most_bytes: int = TEXT_BYTES
+) -> list[dict[str, str]]:
     """The rows of a CSV file, each with a cell in every column; `columns` have to be among them."""
-    text = read_text(path)
+    text = read_text(path, most_bytes)
     try:
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
@@ -99,6 +101,8 @@ def read_csv(path: Path, columns: tuple[str, ...] = ()) -> list[dict[str, str]]:
     head = lines[0] if lines else []
     if lacking := [name for name in columns if name not in head]:
         raise Damaged(path, f"it has no column {', '.join(lacking)}")
+    if twice := [name for name in dict.fromkeys(head) if head.count(name) > 1]:
+        raise Damaged(path, f"it has the column {twice[0]!r} twice")
     for number, line in enumerate(lines[1:], start=2):
         if len(line) != len(head):
             raise Damaged(path, f"line {number} has {len(line)} cells, and its head {len(head)}")

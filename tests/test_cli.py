@@ -17,6 +17,7 @@ from lyco_lab.data import folder
 from lyco_lab.engines import local
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import STAGES, Record
+from tests.data import pictures
 
 ROOT = Path(__file__).parents[1]
 STUDY = """
@@ -233,6 +234,15 @@ def test_a_dry_run_tells_of_ranks_that_are_cut_down(lyco_lab, study, adapter, na
     assert [said in done.stdout, "narrower" in done.stdout] == [narrow == 1] * 2
 
 
+def test_a_dry_run_says_whose_words_are_the_captions(lyco_lab, study, tmp_path):
+    for i in range(2):
+        pictures.image(tmp_path / "in" / "3_sks dog" / f"{i}.png")
+    done = lyco_lab("run", study, "--dry-run", f"data.folder={tmp_path / 'in'}")
+    assert done.exit_code == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "2 of 2 images have the words of their folder as caption (the first: " in said
+
+
 @pytest.mark.parametrize(("repeats", "limit"), [(None, None), (3, None), (None, 2), (3, 100)])
 def test_a_concept_is_counted_as_its_folder_would_be(tmp_path, repeats, limit):
     from lyco_lab import dry_run
@@ -242,7 +252,7 @@ def test_a_concept_is_counted_as_its_folder_would_be(tmp_path, repeats, limit):
     concepts.write(concepts.concept("falls"), tmp_path)
     written = folder.read(tmp_path, repeats, limit)
     data = Data(concept="falls", repeats=repeats, limit=limit)
-    counted = dry_run._count(Run(name="r", study="s", data=data))
+    counted = dry_run._count(Run(name="r", study="s", data=data), None)
     assert counted[:2] == (len(written.items), written.samples_per_epoch)
 
 

@@ -12,23 +12,24 @@ CHOICES = {
     "balance": ("repeats", "classes"),
     "bad_files": ("error", "drop"),
     "crop": ("center", "random"),
+    "caption_lines": ("all", "first"),
     "masks": ("alpha", "files"),
     "trigger_rule": ("add", "keep"),
     "latents": ("fp32", "fp16", "live"),
 }
 # Settings that a TOML file makes itself, and those that the embedded world has no use for.
 TOML_SETTINGS = (
-    "repeats", "resolution", "buckets", "upscale", "flip", "masks", "caption_extension", "trigger",
-    "trigger_rule", "prefix", "suffix", "shuffle_tags", "keep_tags", "tag_dropout", "tag_separator",
-    "prior",
+    "repeats", "resolution", "buckets", "upscale", "flip", "masks", "caption_extension",
+    "caption_lines", "trigger", "trigger_rule", "prefix", "suffix", "shuffle_tags", "keep_tags",
+    "tag_dropout", "tag_separator", "prior",
 )  # fmt: skip
 OWN_SETTINGS = (
     *TOML_SETTINGS[1:], "balance", "bad_files", "crop", "prior_share", "prior_weight", "latents",
 )  # fmt: skip
 # How an image and its caption are seen, wherever they come from.
 SEEN = (
-    "bad_files", "resolution", "buckets", "upscale", "masks", "caption_extension", "trigger",
-    "trigger_rule", "prefix", "suffix", "latents",
+    "bad_files", "resolution", "buckets", "upscale", "masks", "caption_extension", "caption_lines",
+    "trigger", "trigger_rule", "prefix", "suffix", "latents",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class Data:
     flip: bool = False
     masks: str | None = None
     caption_extension: str | None = None
+    caption_lines: str = "all"
     trigger: str | None = None
     trigger_rule: str = "add"
     prefix: str = ""

@@ -211,6 +211,8 @@ class Run:
         plain = {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
         if not self.generate.concepts:
             del plain["generate"]["concepts"]  # runs from before there were any keep their hash
+        if self.data.caption_lines == "all":
+            del plain["data"]["caption_lines"]  # likewise
         return plain
 
     @cached_property

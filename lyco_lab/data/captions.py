@@ -12,6 +12,7 @@ step and the place in the batch alone, and is never kept: a cache of text states
 captions only, so that no dropout is baked into it.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from numpy.random import Generator
 from lyco_lab.data.headers import Unusable
 from lyco_lab.errors import UserError
 
+_LINE_END = re.compile(r"\r\n|\r|\n")  # those that Python's text files have
 LONGEST = 2**16  # bytes; no caption is longer, but a file of something else may be
 
 
 def read(path: Path) -> str:
-    """The caption in a text file."""
+    """All of a text file, from its first character; `Unusable` if it holds no caption."""
     try:
         with path.open("rb") as file:
             data = file.read(LONGEST + 1)
@@ -34,14 +36,26 @@ def read(path: Path) -> str:
     if len(data) > LONGEST:
         raise Unusable(f"caption too long: {path.name} has more than {LONGEST} bytes")
     try:
-        text = data.decode("utf-8-sig").strip()  # editors on Windows put a mark in front
+        text = data.decode("utf-8-sig")  # editors on Windows put a mark in front
     except UnicodeDecodeError as error:
         raise Unusable(f"caption not UTF-8: {path.name}, at byte {error.start}") from None
     if "\0" in text:
         raise Unusable(f"caption not UTF-8: {path.name} holds zero bytes")
-    if not text:
+    if not text.strip():
         raise Unusable(f"empty caption: {path.name}")
-    return text
+    return text.rstrip()
+
+
+def chosen(text: str, lines: str, name: str) -> str:
+    """The caption in a file's text: all of it, or its first line, as sd-scripts has it."""
+    caption = (_LINE_END.split(text, maxsplit=1)[0] if lines == "first" else text).strip()
+    if not caption:
+        raise Unusable(f"empty caption: the first line of {name} is blank")
+    return caption
+
+
+def several_lines(text: str) -> bool:
+    return bool(_LINE_END.search(text.strip()))
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,23 @@ Every file below a source's folder ends in one of three ways: *used*; *dropped*,
 `write` lists each. What a file says is read once and remembered under its stamp (memo.py), so that
 a second look costs only the walk through the folders.
 
-A caption comes from, in this order: manifest.jsonl or metadata.jsonl in the image's folder or above
-it; a text file beside it, of the same name; the words of a folder N_CONCEPT. Two that differ are a
-reason to drop the image, as neither is known to be meant.
+A caption comes from, in this order: manifest.jsonl, metadata.jsonl or metadata.csv in the image's
+folder or above it; a text file beside it, of the same name; the words of a folder N_CONCEPT, or a
+source's class_tokens. Two that differ are a reason to drop the image, as neither is known to be
+meant. Which it was is noted of each image, and words that stand in for captions are counted: they
+may be there because the captions have other names than was thought.
 """
 
 import csv
 import hashlib
 import json
+import os
 import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from os.path import splitext
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,19 +30,27 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lyco_lab.data import captions, concepts, headers, listing
+from lyco_lab.data import captions, concepts, headers, listing, names
 from lyco_lab.data.concepts import NUMBERED
 from lyco_lab.data.headers import FORMATS, OTHER_FORMATS, Unusable
-from lyco_lab.data.listing import MANIFEST, METADATA, Listed
+from lyco_lab.data.listing import LISTS, MANIFEST, UNREAD, Listed
 from lyco_lab.data.memo import Known, Memo
 from lyco_lab.data.scan import Folder, Lost, Stamp, walk
-from lyco_lab.data.sources import MASK_FOLDER, MASK_SUFFIX, Source
+from lyco_lab.data.sources import MASK_FOLDER, MASK_SUFFIX, MOST_REPEATS, Source
 from lyco_lab.errors import UserError
 from lyco_lab.files import atomic
 
 SAVE_EVERY_S = 10.0  # a look at many files that is stopped loses no more than this
-# "class" and "leaf": the concept that an image is of and its sub-class, as lists or folders say.
-TEXTS = ("file", "caption", "mask", "attributes", *listing.TEXTS, "class", "leaf")
+# "class" and "leaf": the concept that an image is of and its sub-class, as lists or folders say;
+# "origin": where its caption is from.
+TEXTS = ("file", "caption", "origin", "mask", "attributes", *listing.TEXTS, "class", "leaf")
+FOLDER_WORDS, CLASS_TOKENS = "the words of its folder", "class_tokens"  # as origins
+COLUMNS = (
+    "file", "status", "reason", "width", "height", "repeats", "caption", "caption_from",
+)  # fmt: skip
+# Suffixes that captions are known to have; where they lie beside an image, and are not asked for,
+# that is said.
+USUAL = {".txt", ".caption", ".cap", ".text", ".tags", ".wd14cap", ".wdtag", ".prompt", ".json"}
 Above = tuple[str, dict[str, Listed]] | None
 
 
@@ -174,19 +186,32 @@ class Index:
             kinds = Counter(why.partition(":")[0] for _, why in self.other)
             said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             lines.append(f"  not images: {said}")
-        return [*lines, *(f"  {remark}" for remark in self.remarks)]
+        return [*lines, *(f"  {line}" for line in (*self.stand_ins(), *self.remarks))]
+
+    def stand_ins(self) -> list[str]:
+        """How many images have a folder's words or class_tokens as caption, where any has."""
+        lines = []
+        origins = self.texts["origin"].to_pylist()
+        for origin, said in ((FOLDER_WORDS, "the words of their folder"), (CLASS_TOKENS,) * 2):
+            if rows := [i for i, each in enumerate(origins) if each == origin]:
+                lines.append(
+                    f"{len(rows)} of {len(self)} images have {said} as caption (the first: "
+                    f"{self.file(rows[0])}: {self.text('caption', rows[0])!r})"
+                )
+        return lines
 
     def write(self, path: Path) -> None:
         """A CSV file with a line for every file."""
         with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
-            table.writerow(["file", "status", "reason", "width", "height", "repeats", "caption"])
+            table.writerow(COLUMNS)
             for i in range(len(self)):
                 size = (int(self.width_N[i]), int(self.height_N[i]), int(self.repeats_N[i]))
-                table.writerow([self.file(i), "used", "", *size, self.text("caption", i)])
+                texts = (self.text("caption", i), self.text("origin", i))
+                table.writerow([self.file(i), "used", "", *size, *texts])
             for status, losses in (("dropped", self.dropped), ("other", self.other)):
                 for lost in losses:
-                    table.writerow([lost.path, status, lost.reason, "", "", "", ""])
+                    table.writerow([lost.path, status, lost.reason, "", "", "", "", ""])
 
 
 def build(sources: Sequence[Source], memo: Memo) -> Index:
@@ -225,6 +250,7 @@ class _Reader:
     dropped: list[Lost]
     other: list[Lost]
     remarks: dict[str, None]
+    counts: dict[str, list[str]] = field(default_factory=dict)  # remark -> the files it is on
     lists: dict[str, dict[str, Listed]] = field(default_factory=dict)  # by their folder
     root: str = ""
     saved_s: float = field(default_factory=time.monotonic)
@@ -248,6 +274,11 @@ class _Reader:
                 path = f"{where}/{name}" if where else name
                 if path not in listed_seen:
                     self._drop(path, f"listed and missing: {images[name].where} names it")
+        for remark, files in self.counts.items():
+            self.remarks[f"{len(files)} {remark} (the first: {self.root}/{files[0]})"] = None
+
+    def _count(self, remark: str, path: str) -> None:
+        self.counts.setdefault(remark, []).append(path)
 
     def _drop(self, path: str, reason: str) -> None:
         self.dropped.append(Lost(f"{self.root}/{path}", reason))
@@ -256,14 +287,14 @@ class _Reader:
         self.other.append(Lost(f"{self.root}/{path}", kind))
 
     def _lists(self, folder: Folder) -> None:
-        found = [name for name in (MANIFEST, METADATA) if name in folder.files]
+        found = [name for name in folder.files if names.same(name).lower() in LISTS]
         where = self.source.folder / folder.path
         if len(found) > 1:
-            raise UserError(f"{where} holds {MANIFEST} and {METADATA}: keep one of them")
+            raise UserError(f"{where} holds {' and '.join(found)}: keep one of them")
         if not found:
             return
         read = listing.read(where / found[0])
-        self.lists[folder.path] = read.images
+        self.lists[names.composed(folder.path)] = read.images
         for name in read.twice:
             self._drop(folder.name(name), f"listed twice: the first line of {found[0]} counts")
         if read.unused:
@@ -272,23 +303,27 @@ class _Reader:
     def _images(self, folder: Folder, seen: set[str]) -> None:
         stems: dict[str, list[str]] = {}
         for name in folder.files:
-            stem, suffix = splitext(name)
-            if suffix.lower() in FORMATS and not self._is_mask(name):
+            stem, suffix = names.parts(name)
+            if suffix in FORMATS and not self._is_mask(name):
                 stems.setdefault(stem, []).append(name)
+        by_name = names.by_sameness(folder.files)
+        masks = self._masks(folder) if stems and self.source.masks == "files" else {}
+        images = {names.same(name) for same in stems.values() for name in same}
         for name in folder.files:
-            self._file(name, folder, stems)
-        repeats, words = self._numbered(folder)
+            self._file(name, folder, stems.keys() | images)
+        repeats, words, words_from = self._numbered(folder)
         above, concept = self._above(folder), _concept(folder)
-        for stem, names in stems.items():
-            for name in names:
+        for stem, twins in stems.items():
+            for name in twins:
                 path = folder.name(name)
-                seen.add(path)
-                if len(names) > 1:
-                    others = ", ".join(other for other in names if other != name)
+                seen.add(names.same(path))
+                if len(twins) > 1:
+                    others = ", ".join(other for other in twins if other != name)
                     self._drop(path, f"name used twice: {others} lies beside it")
                     continue
+                place = _Place(folder, by_name, masks, above, concept, repeats, words, words_from)
                 try:
-                    self._image(name, stem, folder, above, concept, repeats, words)
+                    self._image(name, stem, place)
                 except Unusable as reason:
                     self._drop(path, str(reason))
         if time.monotonic() - self.saved_s > SAVE_EVERY_S:
@@ -296,53 +331,70 @@ class _Reader:
             self.saved_s = time.monotonic()
 
     def _is_mask(self, name: str) -> bool:
-        return self.source.masks == "files" and name.endswith(MASK_SUFFIX)
+        return self.source.masks == "files" and name.lower().endswith(MASK_SUFFIX)
 
-    def _file(self, name: str, folder: Folder, stems: dict[str, list[str]]) -> None:
-        """A file that is no image of a format that is read."""
-        stem, suffix = splitext(name)
-        suffix = suffix.lower()
+    def _masks(self, folder: Folder) -> dict[str, str]:
+        """The masks in the folder of them, by stem."""
+        try:
+            found = os.listdir(self.source.folder / folder.path / MASK_FOLDER)
+        except OSError:
+            return {}
+        return {
+            stem: n for n in sorted(found) for stem, suffix in [names.parts(n)] if suffix == ".png"
+        }
+
+    def _file(self, name: str, folder: Folder, images: set[str]) -> None:
+        """A file that is no image of a format that is read. `images`: their stems and names."""
+        stem, suffix = names.parts(name)
         if suffix in OTHER_FORMATS:
             self._drop(folder.name(name), f"format not supported: {suffix}")
-        elif suffix in self.source.extensions:
-            if stem not in stems:
+        elif names.same(name).lower() in LISTS or suffix in FORMATS:
+            return
+        elif suffix in self._extensions and name.lower() not in UNREAD:
+            if stem not in images and names.same(stem) not in images:
                 self._other(folder.name(name), "captions without an image")
-        elif suffix not in FORMATS and name not in (MANIFEST, METADATA):
+        else:
             kind = f"{suffix} files" if suffix else "files without a suffix"
             self._other(folder.name(name), kind)
+            if name.lower() in UNREAD and stem not in images:
+                self.remarks[
+                    f"{self.root}/{folder.name(name)} is not read: lists of captions are "
+                    f"{', '.join(LISTS)}"
+                ] = None
 
-    def _numbered(self, folder: Folder) -> tuple[int, str]:
-        """Repeats and words of the innermost folder N_CONCEPT around."""
+    @cached_property
+    def _extensions(self) -> tuple[str, ...]:
+        return tuple(suffix.lower() for suffix in self.source.extensions)
+
+    def _numbered(self, folder: Folder) -> tuple[int, str, str]:
+        """Repeats and words of the innermost folder N_CONCEPT around, and whose words they are."""
         if not self.source.numbered:
-            return 1, self.source.class_tokens
+            return 1, self.source.class_tokens, CLASS_TOKENS
         root = self.source.folder.resolve().name
         for part in reversed([root, *PurePosixPath(folder.path).parts]):
             if match := NUMBERED.fullmatch(part):
                 repeats = int(match[1])
+                if repeats > MOST_REPEATS and self.source.repeats is None:
+                    raise UserError(
+                        f"the folder {part!r} in {self.root} asks for {repeats:,} repeats, more "
+                        f"than {MOST_REPEATS:,}: rename it, or set data.repeats"
+                    )
                 if repeats and self.source.repeats is None and folder.files:
                     self.remarks[f"{part}: {repeats} repeats, as the folder's name says"] = None
-                return repeats, match[2].strip()
-        return 1, self.source.class_tokens
+                return repeats, match[2].strip(), FOLDER_WORDS
+        return 1, self.source.class_tokens, CLASS_TOKENS
 
-    def _image(
-        self,
-        name: str,
-        stem: str,
-        folder: Folder,
-        above: Above,
-        concept: str,
-        repeats: int,
-        words: str,
-    ) -> None:
+    def _image(self, name: str, stem: str, place: "_Place") -> None:
+        folder, repeats = place.folder, place.repeats
         path = folder.name(name)
         known = self._known(path, folder.files[name], image=True)
         texts: dict[str, str] = {}
         entry = None
-        if above is not None:
-            prefix, entries = above
-            if (entry := entries.get(prefix + name)) is None:
+        if place.above is not None:
+            prefix, entries = place.above
+            if (entry := entries.get(names.same(prefix + name))) is None:
                 raise Unusable("not listed: the list above it says nothing of it")
-        beside = self._beside(stem, folder)
+        beside = self._beside(name, stem, place)
         if entry is not None:
             if entry.caption and beside and beside[1] != entry.caption:
                 raise Unusable(f"two captions: {entry.where} and {beside[0]} differ")
@@ -350,17 +402,14 @@ class _Reader:
             if entry.attributes:
                 texts["attributes"] = json.dumps(entry.attributes)
             # A list says how often; where it is silent, the folder's name does.
-            repeats = entry.repeats if entry.where.startswith(MANIFEST) else repeats
-        caption = (entry.caption if entry else "") or (beside[1] if beside else "") or words
-        if not caption:
-            wanted = " or ".join(f"{stem}{suffix}" for suffix in self.source.extensions)
-            raise Unusable(f"no caption: write one in {wanted}")
+            repeats = entry.repeats if entry.where.lower().startswith(MANIFEST) else repeats
+        caption, texts["origin"] = self._caption(name, stem, place, entry, beside)
         if self.source.needs_trigger and not captions.says(caption, self.source.captions.trigger):
             raise Unusable(f"no trigger: its caption lacks {self.source.captions.trigger!r}")
         texts["class"], texts["leaf"] = _class_of(folder, texts)
-        texts.setdefault("concept", concept)
+        texts.setdefault("concept", place.concept)
         if self.source.masks == "files":
-            texts["mask"] = self._mask(stem, folder)
+            texts["mask"] = self._mask(stem, place)
         repeats = repeats if self.source.repeats is None else self.source.repeats
         if repeats == 0:
             raise Unusable("0 repeats: so its list or folder asks")
@@ -371,6 +420,38 @@ class _Reader:
             caption=caption,
             **texts,
         )
+
+    def _caption(
+        self,
+        name: str,
+        stem: str,
+        place: "_Place",
+        entry: Listed | None,
+        beside: tuple[str, str] | None,
+    ) -> tuple[str, str]:
+        """An image's caption, and where it is from."""
+        if entry is not None and entry.caption:
+            return entry.caption, entry.where
+        if beside is not None:
+            return beside[1], beside[0]
+        by_name = place.by_name
+        unread = [
+            other
+            for suffix in sorted(USUAL - set(self._extensions))
+            for start in (stem, names.same(name))
+            for other in by_name.get(start + suffix, ())
+        ]
+        if not place.words:
+            wanted = " or ".join(f"{splitext(name)[0]}{end}" for end in self.source.extensions)
+            more = f" ({unread[0]} is none by its suffix)" if unread else ""
+            raise Unusable(f"no caption: write one in {wanted}{more}")
+        if unread:
+            self._count(
+                f"images have such words as caption though a {splitext(unread[0])[1]} file lies "
+                f"beside them: captions are in {' and '.join(self.source.extensions)} files",
+                place.folder.name(unread[0]),
+            )
+        return place.words, place.words_from
 
     def _known(self, path: str, stamp: Stamp, *, image: bool) -> Known:
         full = f"{self.root}/{path}"
@@ -391,32 +472,63 @@ class _Reader:
 
     def _above(self, folder: Folder) -> Above:
         """The nearest list above a folder, and the folder's path from there."""
-        parts = PurePosixPath(folder.path).parts
+        parts = PurePosixPath(names.composed(folder.path)).parts
         for depth in range(len(parts), -1, -1):
             if (where := "/".join(parts[:depth])) in self.lists:
                 return "".join(f"{part}/" for part in parts[depth:]), self.lists[where]
         return None
 
-    def _beside(self, stem: str, folder: Folder) -> tuple[str, str] | None:
-        """The caption in a text file, and the file's name."""
-        found = [
-            (name, self._known(folder.name(name), folder.files[name], image=False).text)
-            for suffix in self.source.extensions
-            if (name := f"{stem}{suffix}") in folder.files
+    def _beside(self, name: str, stem: str, place: "_Place") -> tuple[str, str] | None:
+        """The file that holds an image's caption, 1.txt or 1.png.txt, and the caption."""
+        folder = place.folder
+        files = [
+            file
+            for suffix in self._extensions
+            for start in (stem, names.same(name))
+            for file in place.by_name.get(start + suffix, ())
         ]
+        found = []
+        for file in files:
+            text = self._known(folder.name(file), folder.files[file], image=False).text
+            found.append((file, captions.chosen(text, self.source.lines, file)))
+            if captions.several_lines(text):
+                self._several_lines(folder.name(file))
         if len({text for _, text in found}) > 1:
-            raise Unusable(f"two captions: {' and '.join(name for name, _ in found)} differ")
+            raise Unusable(f"two captions: {' and '.join(file for file, _ in found)} differ")
         return found[0] if found else None
 
-    def _mask(self, stem: str, folder: Folder) -> str:
+    def _several_lines(self, path: str) -> None:
+        if self.source.lines == "first":
+            self._count("caption files have several lines, of which the first is used", path)
+        else:
+            self._count(
+                "caption files have several lines, all of which are used; of the first alone with "
+                "data.caption_lines=first",
+                path,
+            )
+
+    def _mask(self, stem: str, place: "_Place") -> str:
         """The path of an image's mask; "" where all of it counts."""
-        below = self.source.folder / folder.path / MASK_FOLDER / f"{stem}.png"
-        beside = f"{stem}{MASK_SUFFIX}"
-        if beside in folder.files:
-            if below.is_file():
-                raise Unusable(f"two masks: {beside} and {MASK_FOLDER}/{below.name}")
-            return folder.name(beside)
-        return folder.name(f"{MASK_FOLDER}/{below.name}") if below.is_file() else ""
+        folder = place.folder
+        beside = place.by_name.get(f"{stem}{MASK_SUFFIX}", ())
+        found = [*beside, *(f"{MASK_FOLDER}/{n}" for n in [place.masks.get(stem)] if n)]
+        if len(found) > 1:
+            raise Unusable(f"two masks: {' and '.join(found)}")
+        return folder.name(found[0]) if found else ""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What the images of one folder have in common."""
+
+    folder: Folder
+    by_name: dict[str, list[str]]  # its files, by `names.same`
+    masks: dict[str, str]  # in its folder of masks, by stem
+    above: Above  # the list that names them
+    concept: str
+    repeats: int
+    words: str  # for images without a caption
+    words_from: str
 
 
 def _concept(folder: Folder) -> str:

@@ -1,22 +1,35 @@
-"""Files that list images: our manifest.jsonl, and the metadata.jsonl of Hugging Face's folders.
+"""Files that list images: our manifest.jsonl, and the metadata files of Hugging Face's folders.
 
     manifest.jsonl    file, caption; optionally repeats, trigger, class_word, concept, subclass,
                       category, attributes. An unknown key is an error.
     metadata.jsonl    file_name, and text or caption. Other columns are named, and not used.
+    metadata.csv      the same in columns
 
-Paths are relative to the folder of the list, and stay below it.
+Paths are relative to the folder of the list, and stay below it. They are compared with composed
+letters and suffixes in lower case (names.py).
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lyco_lab.data import names
+from lyco_lab.data.sources import MOST_REPEATS
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.readers import read_csv, regular
 
 MANIFEST = "manifest.jsonl"
-METADATA = "metadata.jsonl"
+LISTS = (MANIFEST, "metadata.jsonl", "metadata.csv")
+# Names by which other programs list captions, in forms that are not read.
+UNREAD = {
+    stem + suffix
+    for stem in ("metadata", "captions", "caption", "meta_cap", "meta_lat", "labels", "train")
+    for suffix in (".parquet", ".json", ".jsonl", ".csv", ".tsv", ".txt", ".yaml", ".yml")
+} - set(LISTS)  # fmt: skip
+MOST_BYTES = 2**30  # of metadata.csv, which is read at once
+LONGEST = 2**20  # characters of a line
 TEXTS = ("trigger", "class_word", "concept", "subclass", "category")
 KEYS = ("file", "caption", "repeats", *TEXTS, "attributes")
 
@@ -33,36 +46,48 @@ class Listed:
 @dataclass(frozen=True)
 class Listing:
     path: Path
-    images: dict[str, Listed]  # by path, relative to the list's folder
+    images: dict[str, Listed]  # by path (`names.same`), relative to the list's folder
     unused: tuple[str, ...] = ()  # columns
     twice: tuple[str, ...] = ()
 
 
 def read(path: Path) -> Listing:
     """All lines of a list; `UserError` names the first that is not well formed."""
-    ours = path.name == MANIFEST
+    ours = names.same(path.name) == MANIFEST
     images: dict[str, Listed] = {}
     unused: dict[str, None] = {}
     twice = []
+    for number, entry in _csv(path) if path.suffix.lower() == ".csv" else _lines(path):
+        full, where = f"{path}, line {number}", f"{path.name}, line {number}"
+        name, listed = (_ours if ours else _theirs)(full, where, entry)
+        if name in images:
+            twice.append(name)
+            continue
+        images[name] = listed
+        if not ours:
+            unused |= dict.fromkeys(k for k in entry if k not in _USED)
+    return Listing(path, images, tuple(unused), tuple(twice))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                entry = parse(f"{path}, line {number}", line)
-                where = f"{path.name}, line {number}"
-                name, listed = (_ours if ours else _theirs)(f"{path}, line {number}", where, entry)
-                if name in images:
-                    twice.append(name)
-                    continue
-                images[name] = listed
-                if not ours:
-                    unused |= dict.fromkeys(k for k in entry if k not in _USED)
+        with regular(path).open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(iter(lambda: lines.readline(LONGEST), ""), 1):
+                if len(line) >= LONGEST:
+                    raise UserError(
+                        f"{path}, line {number}: has {LONGEST:,} characters or more; a list needs "
+                        "a line for each image"
+                    )
+                if line.strip():
+                    yield number, parse(f"{path}, line {number}", line)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not text in UTF-8: {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return Listing(path, images, tuple(unused), tuple(twice))
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    yield from enumerate(read_csv(path, ("file_name",), MOST_BYTES), 2)
 
 
 _USED = ("file_name", "text", "caption")
@@ -73,9 +98,20 @@ def parse(where: str, line: str) -> dict[str, Any]:
         entry: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg})") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists in lists
+        raise UserError(f"{where}: not JSON that can be read ({error})") from error
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: needs an object with file and caption, got {line.strip()}")
+        got = line.strip()[:80]
+        raise UserError(f"{where}: needs an object with file and caption, got {got}")
+    if "\\ud" in line.lower() or "\\u0000" in line:
+        _characters(where, entry)
     return entry
+
+
+def _characters(where: str, entry: Mapping[str, Any]) -> None:
+    text = json.dumps(entry, ensure_ascii=False)
+    if "\\u0000" in text or any("\ud800" <= c <= "\udfff" for c in text):
+        raise UserError(f"{where}: holds \\u0000 or half of a surrogate pair, which are no letters")
 
 
 def check(where: str, entry: Mapping[str, Any], known: Iterable[str] = KEYS) -> None:
@@ -86,8 +122,11 @@ def check(where: str, entry: Mapping[str, Any], known: Iterable[str] = KEYS) -> 
     for key in ("file", "caption"):
         _text(where, key, entry.get(key))
     count = entry.get("repeats", 1)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
-        raise UserError(f"{where}: repeats needs a whole number >= 0, got {count!r}")
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole or not 0 <= count <= MOST_REPEATS:
+        raise UserError(
+            f"{where}: repeats needs a whole number from 0 to {MOST_REPEATS:,}, got {count!r}"
+        )
 
 
 def _text(where: str, key: str, value: Any) -> str:
@@ -111,7 +150,7 @@ def _ours(full: str, where: str, entry: Mapping[str, Any]) -> tuple[str, Listed]
 
 def _theirs(full: str, where: str, entry: Mapping[str, Any]) -> tuple[str, Listed]:
     name = _inside(full, _text(full, "file_name", entry.get("file_name")))
-    given = {key: entry[key] for key in ("text", "caption") if entry.get(key) is not None}
+    given = {key: entry[key] for key in ("text", "caption") if entry.get(key) not in (None, "")}
     if len({str(value).strip() for value in given.values()}) > 1:
         raise UserError(f"{full}: text and caption differ: keep one of them")
     caption = next(iter(given.values()), "")
@@ -124,4 +163,4 @@ def _inside(where: str, name: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise UserError(f"{where}: names {name!r}, which is not below the folder of the list")
-    return str(path)
+    return names.same(str(path))

@@ -20,7 +20,7 @@ from lyco_lab.errors import UserError
 from lyco_lab.files import atomic, seal
 from lyco_lab.readers import read_arrow
 
-VERSION = b"2"  # of what is learned; another one is read anew
+VERSION = b"3"  # of what is learned; another one is read anew
 SCHEMA = pa.schema(
     [
         ("file", pa.string()),

@@ -59,13 +59,19 @@ def sources_of(data: Data, batch_size: int) -> tuple[Source, ...]:
         needs_trigger=data.trigger_rule == "keep",
         flip=data.flip,
         masks=data.masks,
+        lines=data.caption_lines,
     )
     if data.prior is None:
         return (ours,)
     # A prior image shows the class, not the concept: it has no trigger, and counts as a whole.
     plain = Captions(captions.shuffle, captions.keep_tags, captions.separator, captions.tag_dropout)
     prior = Source(
-        Path(data.prior), prior=True, extensions=extensions, captions=plain, flip=data.flip
+        Path(data.prior),
+        prior=True,
+        extensions=extensions,
+        captions=plain,
+        flip=data.flip,
+        lines=data.caption_lines,
     )
     return ours, prior
 

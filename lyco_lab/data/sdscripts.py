@@ -239,4 +239,5 @@ def _source(
         sizing=sizing,
         flip=values["flip_aug"],
         masks="alpha" if values["alpha_mask"] else None,
+        lines="first",  # as sd-scripts reads its caption files, unless enable_wildcard is set
     )

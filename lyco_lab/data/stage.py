@@ -114,6 +114,7 @@ class Seen(NamedTuple):
     images: int
     samples_per_epoch: int
     concepts: tuple[Concept, ...]
+    report: tuple[str, ...]  # lines on what was found, left out, and used as captions
 
 
 def look(run: Run) -> Seen:
@@ -125,7 +126,9 @@ def look(run: Run) -> Seen:
     own.judge(index, run.data)
     ours = ~index.prior_N
     concepts = own.Items(index, place(run).resolve().name).concepts
-    return Seen(int(ours.sum()), int(index.repeats_N[ours].sum()), concepts)
+    head, *more = index.report()
+    report = (f"{place(run)}: {head}", *more)
+    return Seen(int(ours.sum()), int(index.repeats_N[ours].sum()), concepts, report)
 
 
 def material(run: Run, images: Dataset, diffusion: Diffusion) -> Cache | Stored:

@@ -86,6 +86,7 @@ def _folder(keys: Keys) -> None:
     extension = keys.text("caption_extension", ".caption") or ".caption"
     dotted = extension if extension.startswith(".") else f".{extension}"
     keys.set("data.caption_extension", dotted, "caption_extension")
+    keys.set("data.caption_lines", "first", "caption_extension")  # there it is the only one read
     _sizes(keys)
     _tags(keys)
     if keys.flag("flip_aug"):

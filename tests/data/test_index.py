@@ -79,6 +79,117 @@ def test_the_list_of_a_hub_s_folder(tmp_path):
     assert any("columns not used: bbox" in line for line in index.report())
 
 
+def test_the_list_of_a_hub_s_folder_in_columns(tmp_path):
+    for name in ("a.png", "b.png"):
+        pictures.image(tmp_path / name)
+    (tmp_path / "metadata.csv").write_text(
+        '\ufefffile_name,text,year\na.png,"one, two",3\nb.png,x,4\n'
+    )
+    index = found(tmp_path)
+    assert index.captions() == ["one, two", "x"]
+    assert index.texts["origin"].to_pylist() == ["metadata.csv, line 2", "metadata.csv, line 3"]
+    assert any("columns not used: year" in line for line in index.report())
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png\n")
+    with pytest.raises(UserError, match="metadata.csv is damaged: line 2 has 1 cells"):
+        found(tmp_path)
+    (tmp_path / "metadata.jsonl").touch()
+    with pytest.raises(UserError, match="holds metadata.csv and metadata.jsonl"):
+        found(tmp_path)
+
+
+# Which words are the caption
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+NAMES = {  # image, caption file or list -> what the caption file is called in images.csv
+    "upper case": ("1.png", "1.TXT"),
+    "upper case of both": ("1.PNG", "1.Txt"),
+    "the image's suffix too": ("1.png", "1.png.txt"),
+    "the image's suffix in upper case": ("1.PNG", "1.png.caption"),
+    "decomposed": (f"{NFC}.png", f"{NFD}.txt"),
+    "composed": (f"{NFD}.png", f"{NFC}.png.TXT"),
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_caption_file_is_found_however_its_name_is_written(tmp_path, kind):
+    image, text = NAMES[kind]
+    root = tmp_path / "5_sks dog"
+    pictures.image(root / image)
+    (root / text).write_text("its own")
+    index = found(root)
+    assert index.captions() == ["its own"] and index.text("origin", 0) == text
+    assert not index.stand_ins() and not index.other
+    (root / text).write_text("\n")
+    assert reasons(found(root)) == {image: f"empty caption: {text}"}
+
+
+@pytest.mark.parametrize("listed", [f"{NFC}.png", f"{NFD}.PNG"])
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "Metadata.JSONL"])
+def test_a_list_names_images_however_their_names_are_written(tmp_path, listed, name):
+    pictures.image(tmp_path / f"{NFD}.png")
+    line = json.dumps({"file_name": listed, "text": "x"}, ensure_ascii=False)
+    (tmp_path / name).write_text(f"file_name,text\n{listed},x" if "csv" in name else line)
+    index = found(tmp_path)
+    assert index.captions() == ["x"] and not index.dropped
+
+
+def test_words_that_stand_in_for_captions_are_counted_and_named(tmp_path):
+    root = tmp_path / "5_sks dog"
+    for i in range(3):
+        pictures.image(root / f"{i}.png")
+    (root / "captions.json").write_text("{}")
+    index = found(root)
+    said = "3 of 3 images have the words of their folder as caption (the first: "
+    assert any(line.startswith(f"  {said}") and "'sks dog'" in line for line in index.report())
+    assert any("captions.json is not read: lists of captions are" in r for r in index.remarks)
+    index.write(tmp_path / "images.csv")
+    with open(tmp_path / "images.csv", newline="") as file:
+        origins = [row["caption_from"] for row in csv.DictReader(file)]
+    assert origins == ["the words of its folder"] * 3 + [""]
+    (root / "0.txt").write_text("its own")
+    assert found(root).stand_ins()[0].startswith("2 of 3 images have the words of their folder")
+    tokens = found(root, numbered=False, class_tokens="dog", extensions=(".caption",))
+    assert tokens.stand_ins()[0].startswith("3 of 3 images have class_tokens as caption")
+    said = "1 images have such words as caption though a .txt file lies beside them"
+    assert any(line.startswith(said) for line in tokens.remarks)
+    assert tokens.texts["origin"].to_pylist() == ["class_tokens"] * 3
+
+
+def test_a_caption_in_a_suffix_that_is_not_asked_for_is_named(tmp_path):
+    pictures.folder(tmp_path, ((64, 64),))
+    why = "no caption: write one in 0.cap (0.txt is none by its suffix)"
+    assert reasons(found(tmp_path, extensions=(".cap",))) == {"0.png": why}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_first_line_or_all(tmp_path, end):
+    root = pictures.folder(tmp_path, ((64, 64),) * 2)
+    (root / "0.txt").write_bytes(f" one \u2028dog{end}two{end}".encode())
+    whole, first = found(root), found(root, lines="first")
+    assert (
+        whole.captions()[0] == f"one \u2028dog{end}two" and first.captions()[0] == "one \u2028dog"
+    )
+    said = "1 caption files have several lines, "
+    assert [line.startswith(said) for line in (*whole.remarks, *first.remarks)] == [True, True]
+    (root / "0.txt").write_bytes(f"{end}two".encode())
+    assert found(root).captions()[0] == "two"
+    why = "empty caption: the first line of 0.txt is blank"
+    assert reasons(found(root, lines="first")) == {"0.png": why}
+
+
+@pytest.mark.parametrize("where", ["folder", "list"])
+def test_no_number_of_repeats_is_beyond_all_measure(tmp_path, where):
+    root = tmp_path / ("x" if where == "list" else "20240101_holiday")
+    pictures.image(root / "a.png", caption="x")
+    if where == "list":
+        line = {"file": "a.png", "caption": "x", "repeats": 10**30}
+        (root / "manifest.jsonl").write_text(json.dumps(line))
+    with pytest.raises(UserError, match="1,000,000"):
+        found(root)
+    if where == "folder":
+        assert found(root, repeats=2).repeats_N.tolist() == [2]
+
+
 def test_our_list_says_more(tmp_path, tiny_concept):
     folder = shutil.copytree(tiny_concept, tmp_path / "x")
     index = found(folder)

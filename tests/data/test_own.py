@@ -214,7 +214,9 @@ def test_the_stage_says_what_it_found(tmp_path, capsys):
         assert words in said
     assert (record.path / "images.csv").is_file()
     assert record.facts("data")["dropped_images"] == 1
-    assert stage.look(run)[:2] == (2, 6)
+    seen = stage.look(run)
+    assert seen[:2] == (2, 6)
+    assert seen.report[0] == f"{tmp_path / 'in'}: 2 images used, 1 dropped"
     assert len(stage.dataset(run, record).items) == 2
 
 

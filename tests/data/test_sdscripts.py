@@ -7,8 +7,11 @@ import pytest
 
 from lyco_lab.data.buckets import Sizing
 from lyco_lab.data.captions import Captions
+from lyco_lab.data.index import build
+from lyco_lab.data.memo import Memo
 from lyco_lab.data.sdscripts import DATASET, INERT, SUBSET, read
 from lyco_lab.errors import UserError
+from tests.data import pictures
 
 
 @pytest.fixture
@@ -163,3 +166,13 @@ def test_files_that_are_refused(toml, text, message):
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*x\.toml"):
         read(tmp_path / "x.toml")
+
+
+def test_a_caption_is_the_first_line_as_in_sd_scripts(toml, tmp_path):
+    (tmp_path / "in").mkdir()
+    pictures.image(tmp_path / "in" / "0.png")
+    (tmp_path / "in" / "0.caption").write_text("one\ntwo\n")
+    text = f'[[datasets]]\n[[datasets.subsets]]\nimage_dir = "{tmp_path / "in"}"'
+    index = build(toml(text).sources, Memo())
+    assert index.captions() == ["one"]
+    assert any("several lines, of which the first is used" in line for line in index.report())
