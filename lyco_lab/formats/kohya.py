@@ -83,6 +83,25 @@ def save(
         raise UserError(f"{path} is not a file of lyco_lab: move it away or write elsewhere")
     order = list(PREFIXES)  # whatever order the caller has them in
     parts = dict(sorted(parts.items(), key=lambda item: [*order, item[0]].index(item[0])))
+    tensors = _all_tensors(parts, dtype)
+    data = safetensors.torch.save(tensors, {**_standard(parts), **_ours(parts), **metadata})
+    with atomic(path) as temporary:
+        temporary.write_bytes(_in_order(data))
+
+
+def holds(path: Path, parts: Mapping[str, Mounted]) -> bool:
+    """Whether a file, read back, has every bit of what `save` would write of these adapters."""
+    found, wanted = safetensors.torch.load_file(path), _all_tensors(parts, None)
+    return found.keys() == wanted.keys() and all(
+        found[key].dtype == tensor.dtype
+        and found[key].shape == tensor.shape
+        and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (found[key], tensor)))
+        for key, tensor in wanted.items()
+    )
+
+
+def _all_tensors(parts: Mapping[str, Mounted], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of a file by key."""
     several = "text_encoder_2" in parts
     tensors: dict[str, Tensor] = {}
     for part, mounted in parts.items():
@@ -92,9 +111,7 @@ def save(
                 if key in tensors:
                     raise UserError(f"two layers of the {part} are both {key} in a kohya file")
                 tensors[key] = _rounded(key, tensor, dtype)
-    data = safetensors.torch.save(tensors, {**_standard(parts), **_ours(parts), **metadata})
-    with atomic(path) as temporary:
-        temporary.write_bytes(_in_order(data))
+    return tensors
 
 
 def load(path: Path) -> tuple[dict[str, Layers], dict[str, str]]:

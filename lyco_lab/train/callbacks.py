@@ -188,6 +188,7 @@ class Saving(lightning.Callback):
     every: int
     steps: int
     seconds: float = 0.0  # of earlier sittings
+    trained: bytes = b""  # digest of the factors to be exported, as the last step left them
     _began_s: float = field(default_factory=time.monotonic)
 
     def total_seconds(self) -> float:
@@ -211,6 +212,8 @@ class Saving(lightning.Callback):
         if done % self.every == 0 or last or self.stop.asked:
             self.journal.sync()
             self.checkpoints.save(self.state(module, done))
+        if last:
+            self.trained = module.exported_digest()
         if self.stop.asked and not last:
             raise Interrupted(f"training stopped after step {done} of {self.steps}, which is saved")
 

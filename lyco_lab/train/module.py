@@ -178,6 +178,20 @@ class Training(lightning.LightningModule):
             found.update(factor.detach().cpu().contiguous().numpy().data)
         return found.digest()
 
+    def exported_digest(self) -> bytes:
+        """Of every bit of the factors as they are to be used."""
+        with self.exported():
+            return self.digest()
+
+    def exchanged(self) -> list[str]:
+        """The factors that are no longer the parameters which the optimizer moves."""
+        moved = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        return [
+            name
+            for name, factor in self.factors().items()
+            if factor.requires_grad != (id(factor) in moved)
+        ]
+
     def state(self, step: int, seconds: float) -> State:
         """Everything that moves, after `step` steps; shares the tensors' memory."""
         average = self.average

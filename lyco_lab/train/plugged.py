@@ -9,6 +9,10 @@ ended, and loggers count steps as it does. A validation calls `on_validation_end
 own would. A callback may stop the run: it has then fewer steps, and is done. What a callback says
 of its state is in the checkpoints.
 
+Some kinds of callbacks are refused (`REFUSED`): those that exchange or prune the weights, freeze
+them, search for a learning rate or a batch size, or change how gradients are accumulated. They
+would overrule settings of the run, or export factors that are not the ones that trained.
+
 Of several processes each has the callbacks, and the first has the loggers.
 """
 
@@ -25,7 +29,21 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BasePredictionWriter,
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelPruning,
+    ProgressBar,
+    SpikeDetection,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loggers.logger import DummyLogger
 
@@ -36,6 +54,26 @@ from lyco_lab.errors import UserError, nearest
 from lyco_lab.train.journal import COLUMNS
 
 State = Mapping[str, Mapping[str, Any]]  # of each callback with one
+
+# Base classes of callbacks that a run cannot have, and why; the first that fits is named.
+REFUSED: dict[type[Callback], str] = {
+    Checkpoint: "runs save themselves: train.checkpoint_every",
+    StochasticWeightAveraging: "it exchanges the weights that trained for others: use "
+    "train.ema_decay, or the optimizer schedulefree",
+    WeightAveraging: "it exchanges the weights that trained for others: use train.ema_decay",
+    ModelPruning: "it replaces parameters, so the factors that train would not be exported: use a "
+    "smaller adapter.rank",
+    BaseFinetuning: "it freezes and unfreezes parameters: which layers train is said by "
+    "model.preset, and how fast by train.groups",
+    GradientAccumulationScheduler: "it changes how many batches make a step: use train.accumulate",
+    LearningRateFinder: "it trains on its own to search for a learning rate: set train.lr, or use "
+    "the optimizer prodigy",
+    BatchSizeFinder: "it trains on its own to search for a batch size: set train.batch_size",
+    SpikeDetection: "it skips batches and ends the process: use train.stop_on_divergence",
+    BasePredictionWriter: "nothing is predicted while training, so it would do nothing: leave it "
+    "out",
+    ProgressBar: "runs have a bar of their own: leave it out",
+}
 
 
 @dataclass
@@ -57,6 +95,11 @@ class Plugged:
         if not self:
             return []
         return [Telling(self.callbacks, state, every), *self.callbacks, Agreeing()]
+
+    @property
+    def named(self) -> str:
+        """The callbacks' classes, as an error lists them."""
+        return ", ".join(_path(type(callback)) for callback in self.callbacks)
 
     def state(self) -> dict[str, dict[str, Any]]:
         """What the callbacks have to remember, as a checkpoint can hold it."""
@@ -130,8 +173,10 @@ def _class(where: str, path: str, kind: type) -> type:
         if module_name.startswith("pytorch_lightning"):
             hint = ": pytorch_lightning is another package of the same, write lightning.pytorch"
         raise UserError(f"{where} is {path!r}, which is no lightning.pytorch {kind.__name__}{hint}")
-    if issubclass(cls, Checkpoint):
-        raise UserError(f"{where} is {path!r}, but runs save themselves: train.checkpoint_every")
+    for refused, reason in REFUSED.items():
+        if issubclass(cls, refused):
+            of = "" if cls is refused else f" (a {refused.__name__})"
+            raise UserError(f"{where} is {path!r}{of}, but {reason}")
     return cls
 
 
@@ -227,6 +272,14 @@ class Agreeing(Callback):
     """After the others: all processes stop if one is to, and at the end of a step."""
 
     asked: bool = False
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Batch, batch_idx: int) -> None:
+        if trainer.accumulate_grad_batches != module.settings.accumulate:
+            raise UserError(
+                "a callback of trainer.callbacks has set accumulate_grad_batches to "
+                f"{trainer.accumulate_grad_batches}: use train.accumulate, which is "
+                f"{module.settings.accumulate}, and leave the callback out"
+            )
 
     def on_train_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Batch, batch_idx: int

@@ -39,9 +39,10 @@ from lyco_lab.train.checkpoint import Checkpoints, read
 from lyco_lab.train.divergence import Divergence
 from lyco_lab.train.exact import Inexact, exact
 from lyco_lab.train.fitting import fit, orders
+from lyco_lab.train.guard import first_factor
 from lyco_lab.train.journal import Journal, rows_of
 from lyco_lab.train.module import Training
-from lyco_lab.train.plugged import plugged
+from lyco_lab.train.plugged import Plugged, plugged
 from lyco_lab.train.processes import Process, together
 from lyco_lab.train.validation import Validation, split
 
@@ -127,12 +128,20 @@ def _train(run: Run, record: Record, strict: bool) -> None:
             done = int(module.row.get("step") or first)
             if not done:
                 raise UserError("a callback of trainer.callbacks stopped the run before a step")
+        else:
+            saving.trained = module.exported_digest()
         if done < run.train.steps:
             print(f"a callback stopped the run after step {done} of {run.train.steps}")
+        check_export(module, saving.trained, plugs, done)
         with module.exported():
             samples_per_epoch = orders(run, shown)[0].samples_per_epoch
             noted = metadata(run, images, samples_per_epoch, done) | diffusion.described
             kohya.save(record.path / ADAPTER, mounted, noted)
+            if not kohya.holds(record.path / ADAPTER, mounted):
+                raise UserError(
+                    f"{record.path / ADAPTER}, read back, does not hold the factors that were "
+                    "written: the disk is not to be trusted; write elsewhere with --out"
+                )
             if (file := embedding_file(run, record)) is not None:
                 vectors = {part: w.vector_1D for part, w in module.words.items()}
                 embedding.save(file, vectors)
@@ -141,6 +150,37 @@ def _train(run: Run, record: Record, strict: bool) -> None:
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
     record.finish(STAGE, train_seconds=saving.total_seconds(), **facts)
     checkpoints.keep(1)  # for a run with more steps
+
+
+def check_export(module: Training, trained: bytes, plugs: Plugged, done: int) -> None:
+    """Raise an error unless what is about to be exported is what the last step left.
+
+    `trained`: the digest of the factors at that step's end; empty if no step ended as the last.
+    """
+    by = f"a callback ({plugs.named})" if plugs.callbacks else "something"
+    if not trained:
+        raise UserError(
+            f"the training ended after step {done} though nothing asked it to: {by} did, and "
+            "what stops a run has to set trainer.should_stop"
+        )
+    if exchanged := module.exchanged():
+        raise UserError(
+            f"{len(exchanged)} factors, {exchanged[0]} the first, are no longer the parameters "
+            f"that were trained: {by} has replaced or frozen them, so their training would be "
+            "lost; leave it out of trainer.callbacks"
+        )
+    if module.exported_digest() != trained:
+        raise UserError(
+            f"the factors are not those that step {done} left: {by} has changed them after the "
+            "last step, so what would be exported was never trained; leave it out of "
+            "trainer.callbacks, or have it change factors in on_train_batch_end"
+        )
+    with module.exported():
+        if (name := first_factor(module.factors())) is not None:
+            raise UserError(
+                f"the factor {name} is not finite after step {done}, the last: it would be useless "
+                f"in adapter.safetensors; try a smaller train.lr than {module.settings.lr}"
+            )
 
 
 def follow(

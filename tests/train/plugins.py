@@ -36,6 +36,56 @@ class Moving(lightning.Callback):
             factor.mul_(0.99)
 
 
+class Meddling(lightning.Callback):
+    """Does one thing that would make the exported adapter another than the one that trained."""
+
+    def __init__(self, how, when="on_train_end"):
+        def hook(trainer, module, *_):
+            if not (when == "on_train_batch_start" and trainer.global_step < 3):
+                getattr(self, how)(trainer, module)
+
+        setattr(self, when, hook)
+        self.start = None
+
+    def on_fit_start(self, trainer, module):
+        self.start = [factor.detach().clone() for factor in module.trained]
+
+    @torch.no_grad()
+    def swap(self, trainer, module):
+        for factor, before in zip(module.trained, self.start, strict=True):
+            factor.copy_(before)
+
+    @torch.no_grad()
+    def swap_average(self, trainer, module):
+        for value in module.average.values.values():
+            value.zero_()
+
+    @torch.no_grad()
+    def swap_state(self, trainer, module):
+        """What an optimizer that averages makes its average of."""
+        for state in module.optimizer.state.values():
+            state["z"].zero_()
+
+    def replace(self, trainer, module):
+        mount = next(iter(module.mounted["unet"]._mounts.values()))
+        for name, factor in list(mount.factors.items()):
+            mount.factors[name] = torch.nn.Parameter(factor.detach().clone())
+
+    def freeze(self, trainer, module):
+        for factor in module.trained:
+            factor.requires_grad_(False)
+
+    def accumulate(self, trainer, module):
+        trainer.accumulate_grad_batches = 2
+
+    def leave(self, trainer, module):
+        raise StopIteration
+
+
+class Averaging(lightning.callbacks.WeightAveraging):
+    """A subclass is of its base's kind."""
+
+
 class Odd(lightning.Callback):
     """Its state is no plain thing."""
 

@@ -1,6 +1,7 @@
 """Callbacks and loggers that a run names: what they see, what they may do and may not."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,7 +151,9 @@ WRONG = {
     "lightning.pytorch.callbacks.Timr": r"has no Timr \(did you mean 'Timer'\?\)",
     "tests.train.plugins.NoCallback": "which is no lightning.pytorch Callback",
     "lightning.pytorch.loggers.CSVLogger": "which is no lightning.pytorch Callback",
-    "lightning.pytorch.callbacks.ModelCheckpoint": "runs save themselves: train.checkpoint_every",
+    "lightning.pytorch.callbacks.ModelCheckpoint": r"\(a Checkpoint\), but runs save themselves: "
+    "train.checkpoint_every",
+    "tests.train.plugins.Averaging": r"\(a WeightAveraging\), but it exchanges the weights",
     STOPPING: "needs train.validate_every",
 }
 
@@ -162,6 +165,107 @@ def test_what_cannot_be_plugged_in_is_refused_before_anything_is_made(begin, pat
         with pytest.raises(UserError, match=f"entry 1 of trainer.callbacks is .*{WRONG[path]}"):
             refuse(run)
     assert not (record.path / "train").exists()
+
+
+def of_lightning():
+    """Every kind of callback that Lightning has."""
+    import lightning.pytorch.callbacks as module
+
+    return sorted(name for name in module.__all__ if name != "Callback")
+
+
+ARGUMENTS = {"EarlyStopping": {"monitor": "validation_loss"}}
+
+
+@pytest.mark.slow
+def test_each_callback_of_lightning_is_refused_at_once_or_leaves_the_adapter_alone(
+    begin, trained, results
+):
+    """A version of Lightning with another kind has to be looked at: it is in neither list."""
+    settings = {"steps": 2, "warmup_steps": 0, "validate_every": 2, "validation_share": 0.3}
+    run, plain = trained("plain", **settings)
+    refused, harmless = set(), []
+    for name in of_lightning():
+        path = f"lightning.pytorch.callbacks.{name}"
+        plugin = Plugin(class_path=path, init_args=ARGUMENTS.get(name, {}))
+        try:
+            plugs(replace(run, trainer=replace(run.trainer, callbacks=(plugin,))))
+            harmless.append(plugin)
+        except UserError as error:
+            assert path in str(error)
+            refused.add(name)
+    _, record = trained("harmless", callbacks=tuple(harmless), loggers=(CSV,), **settings)
+    assert results(record)[1] == results(plain)[1]
+    for key, factor in factors(plain).items():
+        assert torch.equal(factor, factors(record)[key])
+    harmless = {plugin.class_path.rpartition(".")[2] for plugin in harmless}
+    assert harmless == {
+        "DeviceStatsMonitor", "EarlyStopping", "LambdaCallback", "LearningRateMonitor",
+        "ModelSummary", "RichModelSummary", "Timer",
+    }  # fmt: skip
+    assert refused == set(of_lightning()) - harmless
+
+
+MEDDLING = {
+    "swap": "the factors are not those that step 5 left: a callback .*plugins.Meddling",
+    "replace": "are no longer the parameters that were trained: a callback .*plugins.Meddling",
+    "freeze": "are no longer the parameters that were trained",
+    "swap_average": "the factors are not those that step 5 left",
+    "swap_state": "the factors are not those that step 5 left",
+}
+
+
+@pytest.mark.parametrize("how", MEDDLING)
+def test_factors_that_a_callback_exchanges_after_the_last_step_are_not_exported(begin, how):
+    settings = {"swap_average": {"ema_decay": 0.5}, "swap_state": {}}.get(how, {})
+    optimizer = {"kind": "schedulefree"} if how == "swap_state" else None
+    meddling = ours("Meddling", how=how)
+    run, record = begin(callbacks=(meddling,), steps=5, optimizer=optimizer, **settings)
+    with pytest.raises(UserError, match=MEDDLING[how]):
+        train(run, record)
+    assert not (record.path / "adapter.safetensors").exists() and not record.done("train")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("accumulate", "accumulate_grad_batches to 2: use train.accumulate, which is 1"),
+        ("leave", r"the training ended after step \d though nothing asked it to"),
+        ("replace", "are no longer the parameters that were trained"),
+    ],
+)
+def test_a_callback_that_changes_what_a_step_is_is_found_out(begin, how, said):
+    meddling = ours("Meddling", how=how, when="on_train_batch_start")
+    run, record = begin(callbacks=(meddling,), steps=5)
+    with pytest.raises(UserError, match=said):
+        train(run, record)
+    assert not (record.path / "adapter.safetensors").exists() and not record.done("train")
+
+
+@pytest.mark.parametrize("settings", [{"ema_decay": 0.5}, {"optimizer": {"kind": "schedulefree"}}])
+def test_an_average_that_is_exported_is_what_was_trained(trained, settings):
+    run, record = trained(steps=5, **settings)
+    assert record.done("train")
+
+
+def test_a_file_that_holds_something_else_is_no_result(begin, monkeypatch):
+    """Read back, as from a disk that has damaged it."""
+    from lyco_lab.formats import kohya
+
+    in_order = kohya._in_order
+    monkeypatch.setattr(kohya, "_in_order", lambda data: in_order(data)[:-1] + b"?")
+    run, record = begin(steps=2, warmup_steps=0)
+    with pytest.raises(UserError, match="read back, does not hold the factors"):
+        train(run, record)
+    assert not record.done("train")
+
+
+def test_a_last_step_that_leaves_no_number_is_no_result(begin):
+    """Its loss and gradients were finite, so no other check sees it."""
+    run, record = begin(steps=1, warmup_steps=0, optimizer={"kind": "sgd"}, lr=1e45, grad_clip=None)
+    with pytest.raises(UserError, match="is not finite after step 1, the last.*smaller train.lr"):
+        train(run, record)
+    assert not record.done("train")
 
 
 @pytest.mark.parametrize(
