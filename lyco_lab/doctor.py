@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lyco_lab.errors import UserError
+from lyco_lab.workers import cores
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,9 +244,8 @@ def build() -> str:
 
 
 def devices() -> Iterator[Check]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     model = cpuinfo().get("model name") or platform.processor() or platform.machine()
-    yield Check("processor", f"{model}, {os.cpu_count()} cores, {usable} of them for this process")
+    yield Check("processor", f"{model}, {os.cpu_count()} cores, {cores()} of them for this process")
     yield Check("memory", memory())
     torch = working_torch()
     if torch is None:

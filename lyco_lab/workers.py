@@ -5,11 +5,18 @@ import os
 import threading
 import time
 
-import torch
+
+def cores() -> int:
+    """How many of the processor's cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS binds no process to cores
 
 
 def begin(threads: int, parent: int) -> None:
     """Set a worker up: the threads it computes with, and the process that it dies with."""
+    import torch  # here, as `cores` is asked without it
+
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels not asked for
     torch.set_num_threads(threads)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()

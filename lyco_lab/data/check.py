@@ -21,8 +21,10 @@ from lyco_lab.data import headers
 from lyco_lab.data.headers import Unusable
 from lyco_lab.data.index import SAVE_EVERY_S, Index, chunks
 from lyco_lab.data.memo import Known, Memo
+from lyco_lab.data.room import ROOM
 from lyco_lab.data.scan import SETTLED_NS, UNSETTLED, Stamp
 from lyco_lab.progress import Bar
+from lyco_lab.workers import cores
 
 DIGEST_BYTES = 16
 AT_ONCE = 256  # files that the threads are given together
@@ -37,7 +39,10 @@ def stamp(path: Path) -> Stamp:
 def decode(path: Path) -> bytes:
     """The digest of a file whose pixels can all be read."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(headers.MAX_BYTES + 1)
+        if len(data) > headers.MAX_BYTES:
+            raise Unusable(f"file too large: more than {headers.MAX_BYTES:,} bytes")
         with Image.open(io.BytesIO(data)) as image:
             if image.format == "JPEG":  # an eighth of the size: all of the file is parsed
                 image.draft(image.mode, (image.width // 8, image.height // 8))
@@ -106,7 +111,8 @@ def _decoded(todo: list[_Look], memo: Memo) -> Iterator[_Look]:
             # An image that is new to the memo is one that changed since its header was read.
             header = (task.known.width, task.known.height)
             width, height = header if header != (0, 0) else headers.header(Path(task.file))
-            return Known(width, height, digest=decode(Path(task.file)))
+            with ROOM.of(width * height):
+                return Known(width, height, digest=decode(Path(task.file)))
         except Unusable as reason:
             return task.known._replace(problem=str(reason))
 
@@ -116,7 +122,7 @@ def _decoded(todo: list[_Look], memo: Memo) -> Iterator[_Look]:
     # Decoding leaves Python's lock, so threads share the work.
     with (
         headers.strict(),
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(cores()) as pool,
         Bar("images checked", len(todo)) as bar,
     ):
         for rows in chunks(len(todo), AT_ONCE):

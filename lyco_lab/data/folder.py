@@ -27,6 +27,7 @@ from lyco_lab.errors import UserError, nearest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MANIFEST = "manifest.jsonl"
+STRIP = 256  # rows that are put on white at once
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,18 @@ def read_image(file: Path) -> Image.Image:
     with open_image(file) as opened:
         image = upright(opened)
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+            return _on_white(image)
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In RGB, strip by strip: of a large image few copies fit into memory."""
+    found = Image.new("RGB", image.size)
+    for top in range(0, image.height, STRIP):
+        strip = image.crop((0, top, image.width, min(top + STRIP, image.height))).convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        found.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return found
 
 
 @contextmanager
@@ -129,8 +139,10 @@ def open_image(file: Path) -> Iterator[Image.Image]:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """Turned as its file says it is to be looked at."""
-    return ImageOps.exif_transpose(image)
+    """Turned as its file says it is to be looked at; all of its pixels are in memory."""
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def read(folder: Path, repeats: int | None = None, limit: int | None = None) -> Dataset:

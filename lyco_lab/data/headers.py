@@ -28,8 +28,11 @@ OTHER_FORMATS = {
     ".hdr", ".svg", ".ico", ".jfif", ".raw", ".dng", ".cr2", ".nef", ".arw",
 }  # fmt: skip
 MAX_PIXELS = 89_478_485  # a quarter of a gibibyte in RGB, where Pillow begins to warn too
+MAX_BYTES = 2**29  # of a file: more than so many pixels take in any of the formats
 ORIENTATION = 0x0112
 TURNED = {5, 6, 7, 8}  # orientations that swap width and height
+TURNING = (b"XML:com.adobe.xmp", b"Raw profile type exif")  # PNG texts that Pillow heeds
+LONGEST_KEY = max(map(len, TURNING))
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -60,7 +63,7 @@ def header(path: Path) -> Header:
             start = file.read(8)
             if not start:
                 raise Unusable("empty file: it has no bytes")
-            return _png(file) if start == PNG else _other(file, path)
+            return _png(file, path) if start == PNG else _other(file, path)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise Unusable(f"too many pixels: more than {MAX_PIXELS}") from None
     except UnidentifiedImageError:
@@ -71,10 +74,14 @@ def header(path: Path) -> Header:
         raise Unusable(f"damaged: {' '.join(str(error).split())}") from None
 
 
-def _png(file: BinaryIO) -> Header:
-    """From its chunks, of which those of pixels are jumped over; Pillow would decode them."""
+def _png(file: BinaryIO, path: Path) -> Header:
+    """From its chunks, of which those of pixels are jumped over; Pillow would decode them.
+
+    Where a text says how it is to be turned, Pillow is asked: it turns the image later.
+    """
     width = height = 0
-    orientation = 1
+    orientation: object = 1
+    texts = False
     while True:
         begin = file.read(8)
         if len(begin) < 8:
@@ -82,6 +89,11 @@ def _png(file: BinaryIO) -> Header:
         length, kind = struct.unpack(">I4s", begin)
         if kind == b"IEND":
             break
+        if kind in (b"iTXt", b"tEXt", b"zTXt"):
+            said = file.read(min(length, LONGEST_KEY))
+            file.seek(length - len(said) + 4, 1)
+            texts = texts or said.startswith(TURNING)
+            continue
         if kind not in (b"IHDR", b"acTL", b"eXIf"):
             file.seek(length + 4, 1)
             continue
@@ -101,6 +113,9 @@ def _png(file: BinaryIO) -> Header:
             exif: Any = Image.Exif()
             exif.load(data)
             orientation = exif.get(ORIENTATION, 1)
+    if texts and width * height <= MAX_PIXELS:
+        with Image.open(path, formats=["PNG"]) as image:
+            orientation = image.getexif().get(ORIENTATION, 1)
     return _checked(width, height, orientation)
 
 
@@ -117,7 +132,7 @@ def _other(file: BinaryIO, path: Path) -> Header:
         return _checked(*image.size, image.getexif().get(ORIENTATION, 1))
 
 
-def _checked(width: int, height: int, orientation: int) -> Header:
+def _checked(width: int, height: int, orientation: object) -> Header:
     if width < 1 or height < 1:
         raise Unusable("damaged: it has no size")
     if width * height > MAX_PIXELS:

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from os.path import splitext
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +35,9 @@ from lyco_lab.data.concepts import NUMBERED
 from lyco_lab.data.headers import FORMATS, OTHER_FORMATS, Unusable
 from lyco_lab.data.listing import LISTS, MANIFEST, UNREAD, Listed
 from lyco_lab.data.memo import Known, Memo
-from lyco_lab.data.scan import Folder, Lost, Stamp, walk
+from lyco_lab.data.scan import Folder, Lost, Stamp, pseudo, walk
 from lyco_lab.data.sources import MASK_FOLDER, MASK_SUFFIX, MOST_REPEATS, Source
-from lyco_lab.errors import UserError
+from lyco_lab.errors import UserError, one_line
 from lyco_lab.files import atomic
 
 SAVE_EVERY_S = 10.0  # a look at many files that is stopped loses no more than this
@@ -181,12 +181,12 @@ class Index:
         lines = [f"{len(self)} images used, {len(self.dropped)} dropped"]
         for reason, count in self.reasons().most_common():
             first = next(lost for lost in self.dropped if lost.reason.startswith(reason))
-            lines.append(f"  dropped, {reason}: {count} (the first: {first.path})")
+            lines.append(f"  dropped, {reason}: {count} (the first: {one_line(first.path)})")
         if self.other:
             kinds = Counter(why.partition(":")[0] for _, why in self.other)
             said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             lines.append(f"  not images: {said}")
-        return [*lines, *(f"  {line}" for line in (*self.stand_ins(), *self.remarks))]
+        return [*lines, *(f"  {one_line(line)}" for line in (*self.stand_ins(), *self.remarks))]
 
     def stand_ins(self) -> list[str]:
         """How many images have a folder's words or class_tokens as caption, where any has."""
@@ -202,7 +202,7 @@ class Index:
 
     def write(self, path: Path) -> None:
         """A CSV file with a line for every file."""
-        with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with atomic(path) as temporary, _text(temporary) as file:
             table = csv.writer(file)
             table.writerow(COLUMNS)
             for i in range(len(self)):
@@ -214,6 +214,11 @@ class Index:
                     table.writerow([lost.path, status, lost.reason, "", "", "", "", ""])
 
 
+def _text(path: Path) -> IO[str]:
+    """A table to be written; names that are not UTF-8 are written in codes."""
+    return path.open("w", newline="", encoding="utf-8", errors="backslashreplace")
+
+
 def build(sources: Sequence[Source], memo: Memo) -> Index:
     """All images of some sources. What is learned of files goes to the memo, and is saved."""
     rows, dropped, other, remarks = _Rows(), list[Lost](), list[Lost](), dict[str, None]()
@@ -221,6 +226,11 @@ def build(sources: Sequence[Source], memo: Memo) -> Index:
         for number, source in enumerate(sources):
             if not source.folder.is_dir():
                 raise UserError(f"the folder of images {source.folder} does not exist")
+            if pseudo(source.folder):
+                raise UserError(
+                    f"the folder of images {source.folder} is the kernel's, which holds no files: "
+                    "name one on a disk"
+                )
             _Reader(number, source, memo, rows, dropped, other, remarks).read()
     memo.save()
     numbers = np.array(rows.numbers, np.int32).reshape(-1, 4)
@@ -268,6 +278,8 @@ class _Reader:
             self._images(folder, listed_seen)
         for path, reason in lost:
             image = splitext(path)[1].lower() in FORMATS.keys() | OTHER_FORMATS
+            # Of a folder that cannot be entered it is not known what is lost.
+            image = image or reason.startswith(("folder not readable", "name not UTF-8"))
             (self._drop if image and "hidden" not in reason else self._other)(path, reason)
         for where, images in self.lists.items():
             for name in images:
@@ -458,6 +470,8 @@ class _Reader:
         known = self.memo.find(full, stamp)
         if known is None:
             try:
+                if image and stamp.size > headers.MAX_BYTES:
+                    raise Unusable(f"file too large: more than {headers.MAX_BYTES:,} bytes")
                 known = (
                     Known(*headers.header(Path(full)))
                     if image

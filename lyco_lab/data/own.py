@@ -29,7 +29,7 @@ from lyco_lab.data.listing import TEXTS
 from lyco_lab.data.memo import Memo
 from lyco_lab.data.sources import EXTENSIONS, Source
 from lyco_lab.data.stored import Samples
-from lyco_lab.errors import UserError
+from lyco_lab.errors import UserError, one_line
 
 TABLE = "images.csv"  # in the run's folder, a line for every file
 MUCH = 1 / 3  # of an image cut away is worth a word
@@ -137,10 +137,10 @@ def judge(index: Index, data: Data, table: Path | None = None) -> None:
     place = data.folder or data.toml
     more = f"; all of them are in {table}" if table is not None else ""
     if index.dropped and data.bad_files == "error":
-        first = index.dropped[0]
+        first = [one_line(text) for text in index.dropped[0]]
         raise UserError(
             f"{len(index.dropped)} of the {len(index) + len(index.dropped)} images of {place} "
-            f"cannot be used, as {first.path} ({first.reason}): mend or remove them, or leave them "
+            f"cannot be used, as {first[0]} ({first[1]}): mend or remove them, or leave them "
             f"out with data.bad_files=drop{more}"
         )
     if not (~index.prior_N).any():

@@ -8,14 +8,17 @@ may change again within one tick of the clock: its stamp is `UNSETTLED` and matc
 
 import errno
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 SETTLED_NS = 2_000_000_000  # the coarsest clocks of file systems tick once in two seconds
 UNSETTLED = 0
+PSEUDO = ("/proc", "/sys", "/dev")  # what the kernel shows as files, without end or contents
+DISK = "/dev/shm"
 
 
 class Stamp(NamedTuple):
@@ -43,52 +46,90 @@ class Lost(NamedTuple):
     reason: str
 
 
+def pseudo(folder: Path) -> bool:
+    """Whether a folder, or what it is a link to, is the kernel's and on no disk."""
+    real = os.path.realpath(folder)
+    inside = [place for place in (*PSEUDO, DISK) if f"{real}/".startswith(f"{place}/")]
+    return bool(inside) and DISK not in inside
+
+
 def walk(root: Path, lost: list[Lost], *, recursive: bool = True) -> Iterator[Folder]:
-    """The folders from `root` down in the order of their names; what is not entered is lost."""
+    """The folders from `root` down in the order of their names; what is not entered is lost.
+
+    Links are followed, but neither to a folder above the root, which would be another question, nor
+    to what the kernel only shows as files.
+    """
     now = time.time_ns()
     seen: dict[tuple[int, int], str] = {}
-
-    def enter(path: str) -> Iterator[Folder]:
+    above = {(s.st_dev, s.st_ino) for s in map(os.stat, Path(os.path.realpath(root)).parents)}
+    waiting = [""]
+    while waiting:
+        path = waiting.pop()
         where = root / path
         try:
             status = where.stat()
-            inside = sorted(os.scandir(where), key=lambda entry: entry.name)
+            identity = (status.st_dev, status.st_ino)
+            if identity in seen:
+                other = seen[identity] or "the folder of images itself"
+                lost.append(Lost(path, f"folder read already: it is {other}"))
+                continue
+            if identity in above:
+                lost.append(Lost(path, "link to a folder above the folder of images"))
+                continue
+            if path and where.is_symlink() and pseudo(where):
+                lost.append(Lost(path, "link to what is on no disk"))
+                continue
+            with os.scandir(where) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            lost.append(Lost(path, _unreadable(error)))
-            return
-        identity = (status.st_dev, status.st_ino)
-        if identity in seen:
-            other = seen[identity] or "the folder of images itself"
-            lost.append(Lost(path, f"folder read already: it is {other}"))
-            return
+            lost.append(Lost(path, f"folder {_unreadable(error)}"))
+            continue
         seen[identity] = path
-        folder, below = Folder(path), []
-        for entry in inside:
-            name = folder.name(entry.name)
-            try:
-                if entry.is_dir():
-                    if entry.name.startswith("."):
-                        lost.append(Lost(name, "hidden folder"))
-                    elif recursive:
-                        below.append(name)
-                    else:
-                        lost.append(Lost(name, "sub-folder: this source has none"))
-                    continue
-                status = entry.stat()
-            except OSError as error:
-                lost.append(Lost(name, _unreadable(error)))
+        folder, below = _sorted(path, inside, lost, now, recursive=recursive)
+        yield folder
+        waiting += reversed(below)
+
+
+def _sorted(
+    path: str, inside: Iterable["os.DirEntry[str]"], lost: list[Lost], now: int, *, recursive: bool
+) -> tuple[Folder, list[str]]:
+    """A folder with its files, and the folders in it that are to be entered."""
+    folder, below = Folder(path), []
+    for entry in inside:
+        name = folder.name(entry.name)
+        if not _is_text(entry.name):
+            lost.append(Lost(name, "name not UTF-8: rename it"))
+            continue
+        try:
+            if entry.is_dir():
+                if entry.name.startswith("."):
+                    lost.append(Lost(name, "hidden folder"))
+                elif recursive:
+                    below.append(name)
+                else:
+                    lost.append(Lost(name, "sub-folder: this source has none"))
                 continue
-            if entry.name.startswith("."):
-                lost.append(Lost(name, "hidden file"))
-                continue
+            status = entry.stat()
+        except OSError as error:
+            lost.append(Lost(name, _unreadable(error)))
+            continue
+        if entry.name.startswith("."):
+            lost.append(Lost(name, "hidden file"))
+        elif not stat.S_ISREG(status.st_mode):
+            lost.append(Lost(name, "no regular file: a pipe, a socket or a device"))
+        else:
             settled = now - status.st_ctime_ns > SETTLED_NS
             changed_ns = status.st_ctime_ns if settled else UNSETTLED
             folder.files[entry.name] = Stamp(status.st_size, status.st_mtime_ns, changed_ns)
-        yield folder
-        for name in below:
-            yield from enter(name)
+    return folder, below
 
-    yield from enter("")
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unreadable(error: OSError) -> str:

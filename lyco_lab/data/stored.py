@@ -11,7 +11,6 @@ stored: captions whose tags are drawn are read by the text encoders in each step
 costs about a hundredth of it.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,12 +32,14 @@ from lyco_lab.data.captions import rng as caption_rng
 from lyco_lab.data.index import Index, chunks
 from lyco_lab.data.order import Order
 from lyco_lab.data.pixels import Picture
+from lyco_lab.data.room import ROOM
 from lyco_lab.data.shards import Damaged, Keys, Shards, key
 from lyco_lab.diffusion.model import Diffusion, Sizes
 from lyco_lab.errors import UserError
 from lyco_lab.files import atomic, locked, seal
 from lyco_lab.progress import Bar
 from lyco_lab.readers import read_sealed
+from lyco_lab.workers import cores
 
 VERSION = 1  # of what keys stand for: another rule of cutting needs another number
 ENCODED = 16  # images, or captions, that a model is given at once
@@ -258,7 +259,7 @@ class Stored:
         def start(batch: list[int]) -> list[Any]:
             return [pool.submit(self._picture, e, flip) for e in batch]
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             waiting = start(batches[0])
             for i, batch in enumerate(batches):
                 following = start(batches[i + 1]) if i + 1 < len(batches) else []
@@ -269,16 +270,18 @@ class Stored:
         row = int(self.samples.rows_E[entry])
         source = self.index.sources[self.index.source_N[row]]
         mask = self.index.text("mask", row) if source.masks == "files" else ""
-        return pixels.read(
-            self.index.file(row),
-            (int(self.index.width_N[row]), int(self.index.height_N[row])),
-            (int(self.samples.sizes_E2[entry, 0]), int(self.samples.sizes_E2[entry, 1])),
-            flip=flip and source.flip,
-            masks=source.masks,
-            mask=source.folder / mask if mask else None,
-            at=at,
-            cell=self.cell,
-        )
+        width, height = int(self.index.width_N[row]), int(self.index.height_N[row])
+        with ROOM.of(width * height):
+            return pixels.read(
+                self.index.file(row),
+                (width, height),
+                (int(self.samples.sizes_E2[entry, 0]), int(self.samples.sizes_E2[entry, 1])),
+                flip=flip and source.flip,
+                masks=source.masks,
+                mask=source.folder / mask if mask else None,
+                at=at,
+                cell=self.cell,
+            )
 
     def _encoded(
         self, entries: Sequence[int], pictures: Sequence[Picture]

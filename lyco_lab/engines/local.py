@@ -44,7 +44,7 @@ from lyco_lab.longer import lines
 from lyco_lab.record import STAGES, Record
 from lyco_lab.report import page
 from lyco_lab.train import plugs, train
-from lyco_lab.workers import begin
+from lyco_lab.workers import begin, cores
 
 Stage = Callable[[Run, Record], None]
 BY_NAME: dict[str, Stage] = dict(zip(STAGES, (prepare, train, generate, evaluate), strict=True))
@@ -81,13 +81,13 @@ def suggested_workers(study: Study) -> int:
     """
     if not embedded(study) or torch.cuda.is_available():
         return 1
-    return max(1, min(os.cpu_count() or 1, len(study.runs)))
+    return max(1, min(cores(), len(study.runs)))
 
 
 def threads(study: Study, workers: int) -> int:
     """Cores for each run. The embedded model gains nothing from a second one, and with one its
     results do not depend on how many a machine has, since sums are split among threads."""
-    return 1 if embedded(study) else max(1, (os.cpu_count() or 1) // workers)
+    return 1 if embedded(study) else max(1, cores() // workers)
 
 
 def embedded(study: Study) -> bool:

@@ -27,7 +27,7 @@ from lyco_lab.verify.case import Case
 from lyco_lab.verify.table import Row
 from lyco_lab.verify.trace import Bench, Trace, follow
 from lyco_lab.verify.verdict import NONE, SHADOWS, Verdict, compare
-from lyco_lab.workers import begin
+from lyco_lab.workers import begin, cores
 
 Job = Sequence[tuple[int, Case]]  # with their places among all
 
@@ -36,7 +36,7 @@ def suggested_workers(cases: Sequence[Case]) -> int:
     """A process per core for the embedded model, if there is work for them."""
     if not _embedded(cases) or torch.cuda.is_available():
         return 1
-    return max(1, min(os.cpu_count() or 1, len(jobs(cases)) // 2))
+    return max(1, min(cores(), len(jobs(cases)) // 2))
 
 
 def _embedded(cases: Sequence[Case]) -> bool:
@@ -47,7 +47,7 @@ def verify(cases: Sequence[Case], workers: int | None = None) -> Iterator[tuple[
     """A row for each case with its place, as they are done. Writes nothing that stays."""
     workers = workers or suggested_workers(cases)
     # Sums are split among threads: with one, results do not depend on the machine's cores.
-    threads = 1 if _embedded(cases) else max(1, (os.cpu_count() or 1) // workers)
+    threads = 1 if _embedded(cases) else max(1, cores() // workers)
     with tempfile.TemporaryDirectory(prefix="lyco-lab-verify-") as folder:
         record = Record.open(Path(folder), cases[0].base)
         with redirect_stdout(io.StringIO()):  # what is said of images is no result

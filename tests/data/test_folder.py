@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lyco_lab.data.folder import read, read_image
 from lyco_lab.errors import UserError
@@ -188,3 +188,29 @@ def test_an_image_that_vanishes_after_the_folder_was_read(folder):
     (folder / "0004.png").unlink()
     with pytest.raises(UserError, match="the image .*0004.png does not exist"):
         dataset.images(64)
+
+
+def plainly(file):
+    """`read_image` in as many copies as it takes."""
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "P, one colour", "P, table"])
+@pytest.mark.parametrize("form", ["png", "webp"])
+def test_few_copies_give_the_same_bits(tmp_path, mode, orientation, form):
+    rng, kind = np.random.default_rng(0), mode.partition(",")[0]
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    image = Image.fromarray(rng.integers(0, 256, (600, 30, 4), dtype=np.uint8)).convert(kind)
+    more = {"P, one colour": {"transparency": 3}, "P, table": {"transparency": bytes(range(256))}}
+    image.save(tmp_path / f"x.{form}", exif=exif, **more.get(mode, {}))
+    found, expected = read_image(tmp_path / f"x.{form}"), plainly(tmp_path / f"x.{form}")
+    assert found.size == expected.size and found.mode == "RGB"
+    assert np.array_equal(np.asarray(found), np.asarray(expected))

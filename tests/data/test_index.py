@@ -7,11 +7,12 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from lyco_lab.data import scan
 from lyco_lab.data.captions import Captions
 from lyco_lab.data.check import check
+from lyco_lab.data.folder import read_image
 from lyco_lab.data.index import build
 from lyco_lab.data.memo import Memo
 from lyco_lab.data.sources import Source
@@ -212,6 +213,24 @@ def test_images_that_lie_on_their_side_are_measured_upright(tmp_path):
     index = found(tmp_path)
     assert len(index) == 4
     assert set(zip(index.width_N.tolist(), index.height_N.tolist(), strict=True)) == {(20, 40)}
+
+
+XMP = '<x:xmpmeta xmlns:x="adobe:ns:meta/"><y tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("keyword", ["XML:com.adobe.xmp", "Raw profile type exif"])
+def test_a_text_may_say_how_an_image_is_turned(tmp_path, keyword):
+    """Else its size by the header is not the size that is read later."""
+    info, exif = PngImagePlugin.PngInfo(), Image.Exif()
+    exif[0x0112] = 6
+    data = exif.tobytes()
+    if keyword.startswith("Raw"):
+        info.add_text(keyword, f"\nexif\n{len(data):8}\n{data.hex()}\n", zip=True)
+    else:
+        info.add_itxt(keyword, XMP)
+    pictures.image(tmp_path / "a.png", 40, 20, caption="x", pnginfo=info)
+    index = found(tmp_path)
+    assert (index.width_N[0], index.height_N[0]) == (20, 40) == read_image(tmp_path / "a.png").size
 
 
 def test_masks_are_found_and_are_no_images(tmp_path):

@@ -108,8 +108,11 @@ def test_a_run_trained_on_other_weights_is_refused(study, tmp_path):
         local.run_study(loaded, tmp_path / "runs")
 
 
-def test_workers_suggested(study):
+@pytest.mark.parametrize("cores", [1, 3, 64])
+def test_workers_suggested(study, monkeypatch, cores):
+    """As many as this process may use cores, however many the machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
     loaded = load_study(study)
-    assert local.suggested_workers(loaded) == min(os.cpu_count(), 4)
+    assert local.suggested_workers(loaded) == min(cores, 4)
     elsewhere = load_study(study, ["model.path=/models/sd15"])
     assert local.suggested_workers(elsewhere) == 1
