@@ -31,7 +31,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -40,7 +39,9 @@ from lyco_lab.config import Run
 from lyco_lab.config.asked import Asked
 from lyco_lab.data.concepts import Concept
 from lyco_lab.data.stage import dataset
+from lyco_lab.devices import device
 from lyco_lab.diffusion import word
+from lyco_lab.diffusion.base import NoPicture
 from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError, nearest
@@ -183,11 +184,15 @@ def generate(run: Run, record: Record) -> None:
     if record.done(STAGE):
         return
     asked = ask(run, dataset(run, record).concepts)
-    diffusion = load(placed(run.model)).to("cuda" if torch.cuda.is_available() else "cpu")
+    diffusion = load(placed(run.model)).to(device(run))
     base = base_folder(run, record)
     with locked(base):  # runs side by side ask for the same
         if not (base / TABLE).is_file():
-            render(run, diffusion, asked, base, f"{run.name}: base model")
+            remedy = (
+                f"the model itself does that: look whether {run.model.path} is whole, and try a "
+                f"smaller generate.guidance than {run.generate.guidance:g}"
+            )
+            render(run, diffusion, asked, base, f"{run.name}: base model", remedy)
     if (file := embedding_file(run, record)) is not None:
         word.add(diffusion, str(run.embedding.token), embedding.load(file))
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
@@ -195,7 +200,11 @@ def generate(run: Run, record: Record) -> None:
             mounted.merge()
         else:
             mounted.eval()
-    render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate")
+    remedy = (
+        "the adapter changes the weights too much, or is damaged, since the base model drew the "
+        f"same: try a smaller train.lr than {run.train.lr:g}"
+    )
+    render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate", remedy)
     show(run, record)
     cut = {"at_once": pieces(record.path / STAGE), "base_at_once": pieces(base)}
     record.finish(
@@ -315,7 +324,12 @@ def scored(text: str, trigger: str, class_word: str) -> dict[str, str]:
 
 
 def render(
-    run: Run, diffusion: Diffusion, asked: Sequence[Prompt], folder: Path, title: str
+    run: Run,
+    diffusion: Diffusion,
+    asked: Sequence[Prompt],
+    folder: Path,
+    title: str,
+    remedy: str,
 ) -> None:
     """Images as PNG, then the table that says the folder is whole.
 
@@ -324,6 +338,9 @@ def render(
     memory ran out, batches are drawn in pieces, and images differ in the last bits from those of a
     machine with more. The size of the pieces is kept in the folder, so this stage still ends the
     same after an interruption, as long as memory runs out at the same batch.
+
+    Raises `NoPicture` for a batch with an image that is not finite; `remedy` says what to do then.
+    None of that batch is written.
     """
     size, at_once = run.generate.batch_size, pieces(folder)
     for batch in track(batches(asked, size), title):
@@ -343,8 +360,10 @@ def render(
             raise NoMemory(
                 f"{error}, so no generate.batch_size is small enough (it is {size}): end what else "
                 "uses that memory, ask for fewer --workers, or draw on the processor, with "
-                "CUDA_VISIBLE_DEVICES= in front of the command"
+                "trainer.accelerator=cpu"
             ) from None
+        except NoPicture as error:
+            raise NoPicture(f"{title}: {error}; {remedy}") from None
         if at_once != before:  # first of all: what is drawn again is to be cut likewise
             with atomic(folder / PIECES) as temporary:
                 temporary.write_text(json.dumps(asdict(at_once)) + "\n")

@@ -17,6 +17,7 @@ from lyco_lab.config import Data, Generate, Model, Run, Wandb
 from lyco_lab.data.folder import read
 from lyco_lab.data.stage import dataset, prepare
 from lyco_lab.diffusion import targets
+from lyco_lab.diffusion.base import NoPicture
 from lyco_lab.diffusion.model import load
 from lyco_lab.errors import UserError
 from lyco_lab.formats import kohya
@@ -231,6 +232,54 @@ def test_where_not_even_one_fits_the_error_says_what_helps(generated, tmp_path, 
     with pytest.raises(UserError, match=needed):
         generate(run, record)
     assert not record.done("generate") and not pictures(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_an_image_that_is_not_finite_is_an_error_and_no_black_image(
+    generated, tmp_path, monkeypatch, part
+):
+    """Of the base model's two batches the second: what the first has drawn stays."""
+    run, _ = generated
+    record, opened = trained(run, tmp_path), generate_module.load
+
+    def poisoned(model):
+        diffusion = opened(model)
+        module, name = {"unet": (diffusion.unet, "forward"), "vae": (diffusion.vae, "decode")}[part]
+        computed, calls = getattr(module, name), []
+
+        def bad(x, *args, **kwargs):
+            found = computed(x, *args, **kwargs)
+            calls.append(x)
+            first = found[0] if isinstance(found, tuple) else found.sample
+            if len(calls) == {"unet": STEPS + 1, "vae": 2}[part]:
+                first[0] = float("nan")
+            return found
+
+        monkeypatch.setattr(module, name, bad)
+        return diffusion
+
+    monkeypatch.setattr(generate_module, "load", poisoned)
+    what = {"unet": "latent", "vae": "image"}[part]
+    said = rf"lora-0: base model: the {what} of the prompt '.*' with seed 41 is not .*guidance"
+    with pytest.raises(NoPicture, match=said):
+        generate(run, record)
+    drawn = pictures(base_folder(run, record))
+    assert len(drawn) == 3 and not record.done("generate")
+
+
+def test_an_adapter_that_gives_no_picture_is_named_with_its_run(generated, tmp_path):
+    """One factor is out of range; the base model draws all the same."""
+    run, _ = generated
+    record = trained(run, tmp_path)
+    diffusion = load(run.model.path)
+    mounted = mounted_on(diffusion)
+    next(iter(mounted.parameters())).data.fill_(3e38)
+    kohya.save(record.path / "adapter.safetensors", {"unet": mounted}, {})
+    said = r"lora-0: generate: the latent of the prompt 'sks circle' with seed 40 .* train.lr"
+    with pytest.raises(NoPicture, match=said):
+        generate(run, record)
+    assert len(pictures(base_folder(run, record))) == 4
+    assert not pictures(record.path / "generate") and not record.done("generate")
 
 
 def test_another_run_finds_the_base_models_images_made(generated, tiny_sd, tiny_concept):

@@ -23,6 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lyco_lab import waits
 from lyco_lab.adapters import geometry, layers, plan
 from lyco_lab.adapters.base import Adapter, Factors, Shape
 from lyco_lab.adapters.layers import BIAS, Adapted, FactorDict, Mount
@@ -300,7 +301,7 @@ class Mounted:
     def norms(self) -> dict[str, float]:
         """The Frobenius norm of each layer's delta."""
         norms = torch.stack([torch.linalg.vector_norm(self.delta(name)) for name in self.layers])
-        return dict(zip(self.layers, norms.tolist(), strict=True))
+        return dict(zip(self.layers, waits.host(norms, "norms").tolist(), strict=True))
 
     @torch.no_grad()
     def limit_norms(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lyco_lab import waits
 from lyco_lab.adapters import layers, plan
 from lyco_lab.adapters.base import Adapter, Shape
 from lyco_lab.adapters.layers import MATRICES, NORMS
@@ -170,6 +171,5 @@ def _check_attention(where: str, layer: nn.MultiheadAttention) -> None:
 @torch.no_grad()
 def _all_finite(weight: Tensor) -> bool:
     # One pass and no temporary; a sum that overflows says nothing yet.
-    if torch.isfinite(weight.sum(dtype=plan.factor_dtype(weight.dtype))):
-        return True
-    return bool(torch.isfinite(weight).all())
+    total = waits.host(weight.sum(dtype=plan.factor_dtype(weight.dtype)), "weights")
+    return bool(torch.isfinite(total)) or bool(waits.host(torch.isfinite(weight).all(), "weights"))

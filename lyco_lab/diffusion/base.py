@@ -25,13 +25,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from lyco_lab import waits
 from lyco_lab.diffusion import long_text
 from lyco_lab.diffusion.memory import AtOnce
 from lyco_lab.diffusion.objective import Objective
 from lyco_lab.diffusion.source import Source
+from lyco_lab.errors import UserError
 
 Rows = Mapping[str, Tensor]  # by name, tensors with a row for each sample
 PROMPTS = {"hidden": "prompt_embeds", "pooled": "pooled_prompt_embeds"}  # as pipelines call them
+
+
+class NoPicture(UserError):
+    """What was drawn has numbers that are not finite: it would be shown as a black image."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,7 @@ class Diffusion(abc.ABC):
 
         `size`: height and width in pixels; None: as the model was trained. Where memory runs out,
         fewer are drawn `at_once`, which is then lower. The batch around an image still moves its
-        last bits.
+        last bits. Raises `NoPicture` where latents or images are not finite.
         """
         height, width = size or (self.image_size, self.image_size)
         at_once, one = at_once or AtOnce(), f"{width} x {height} pixels"
@@ -229,8 +235,13 @@ class Diffusion(abc.ABC):
             return self._latents(prompts[part], seeds[part], steps, guidance, height, width)
 
         latents_NCHW = torch.cat(at_once.draw(len(prompts), draw, one))
-        images = at_once.decode(len(prompts), lambda p: self.decode_images(latents_NCHW[p]), one)
-        return np.concatenate(images)
+        names = [f"the prompt {p!r} with seed {s}" for p, s in zip(prompts, seeds, strict=True)]
+        need_finite(latents_NCHW, "latent", names)
+
+        def decode(part: slice) -> NDArray[np.uint8]:
+            return self.decode_images(latents_NCHW[part], names[part])
+
+        return np.concatenate(at_once.decode(len(prompts), decode, one))
 
     def _latents(
         self,
@@ -257,24 +268,40 @@ class Diffusion(abc.ABC):
         return latents_NCHW
 
     @torch.no_grad()
-    def decode_images(self, latents_NCHW: Tensor) -> NDArray[np.uint8]:
-        """What `encode_images` made latents of; in float32, as it is done there."""
+    def decode_images(
+        self, latents_NCHW: Tensor, names: Sequence[str] | None = None
+    ) -> NDArray[np.uint8]:
+        """What `encode_images` made latents of; in float32, as it is done there.
+
+        Raises `NoPicture`, with the image's name, where an image is not finite.
+        """
         scaling, shift = self.vae.config.scaling_factor, self.vae.config.shift_factor
         latents_NCHW = latents_NCHW.float() / scaling
         if shift is not None:
             latents_NCHW = latents_NCHW + shift
         x_NCHW = self.vae.decode(latents_NCHW, return_dict=False)[0]
-        x_NHWC = (x_NCHW * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-        return (x_NHWC * 255).round().astype(np.uint8)
+        need_finite(x_NCHW, "image", names)
+        x_NHWC = (x_NCHW * 0.5 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return (waits.host(x_NHWC, "images").numpy() * 255).round().astype(np.uint8)
 
     def ddim(self) -> Any:
         """A sampler that follows the model's own schedule."""
-        from diffusers import DDIMScheduler
+        from lyco_lab.diffusion.sampler import Sampler
 
         # Latents have no range to be clipped to, and a configuration may leave that to a default.
-        return DDIMScheduler.from_config(
+        return Sampler.from_config(
             dict(self.schedule), prediction_type=self.objective.name, clip_sample=False
         )
+
+
+def need_finite(x_NCHW: Tensor, what: str, names: Sequence[str] | None = None) -> None:
+    """Raise `NoPicture` for the first sample with a number that is not finite."""
+    finite_N = waits.host(torch.isfinite(x_NCHW).flatten(1).all(1), "images").tolist()
+    if all(finite_N):
+        return
+    first = finite_N.index(False)
+    name = f"sample {first}" if names is None else names[first]
+    raise NoPicture(f"the {what} of {name} is not finite: it would be shown as black")
 
 
 @contextmanager

@@ -19,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lyco_lab import waits
+
 Images = np.ndarray  # uint8, (N, H, W, 3)
 BATCH_IMAGES = 64
 
@@ -70,7 +72,7 @@ class Encoded:
         starts = range(0, len(self.images), BATCH_IMAGES)
         with torch.no_grad():
             parts = [torch.as_tensor(encode(self.images[i : i + BATCH_IMAGES])) for i in starts]
-        return torch.cat(parts).double().cpu()
+        return waits.host(torch.cat(parts).double(), "features")
 
     @cached_property
     def features_ND(self) -> Tensor:
@@ -89,7 +91,7 @@ class Encoded:
         with torch.no_grad():
             for start in range(0, len(self.images), BATCH_IMAGES):
                 maps = self.judges.gram_features(self.images[start : start + BATCH_IMAGES])
-                layers.append([gram(psi_NCHW).cpu() for psi_NCHW in maps])
+                layers.append([waits.host(gram(psi_NCHW), "features") for psi_NCHW in maps])
         return [torch.cat(parts) for parts in zip(*layers, strict=True)]
 
     @cached_property
@@ -100,7 +102,8 @@ class Encoded:
             for start in range(0, len(self.images), BATCH_IMAGES):
                 found = self.judges.attributes(self.images[start : start + BATCH_IMAGES])
                 for family, p_NV in found.items():
-                    indices[family] += torch.as_tensor(p_NV).argmax(dim=-1).tolist()
+                    most_N = torch.as_tensor(p_NV).argmax(dim=-1)
+                    indices[family] += waits.host(most_N, "features").tolist()
         words = self.judges.vocabulary
         return {family: [words[family][i] for i in found] for family, found in indices.items()}
 

@@ -32,6 +32,7 @@ from lyco_lab.config import Run
 from lyco_lab.data.concepts import Concept
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import dataset
+from lyco_lab.devices import device
 from lyco_lab.diffusion.model import quiet
 from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
@@ -64,7 +65,7 @@ def evaluate(run: Run, record: Record) -> None:
     if foreign(run):
         print(f"{run.name}: {FOREIGN}")
     with quiet():
-        judges: Judges = miniature_judges.load()
+        judges: Judges = miniature_judges.load(device=device(run))
     folder, base = record.path / STAGE, base_folder(run, record)
     made, before = read_table(record.path / GENERATED), read_table(base)
     check_pairs(made, before, record.path, base)

@@ -39,15 +39,19 @@ class Judges:
     embedder: Embedder
     gram: Gram
     oracle: Oracle
+    device: torch.device = torch.device("cpu")
 
     @property
     def vocabulary(self) -> dict[str, tuple[str, ...]]:
         return VOCABULARY
 
+    def input(self, images: Images) -> Tensor:
+        return to_input(images).to(self.device)
+
     @torch.no_grad()
     def clip_image(self, images: Images) -> Tensor:
         """(N, 96) unit rows, comparable with `clip_text`'s."""
-        found = self.clip.get_image_features(to_input(images)).pooler_output
+        found = self.clip.get_image_features(self.input(images)).pooler_output
         return nn.functional.normalize(found, dim=1)
 
     @torch.no_grad()
@@ -55,27 +59,28 @@ class Judges:
         """(N, 96) unit rows; texts are cut at the tokenizer's length."""
         ids = self.tokenizer(
             texts, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        ).input_ids.to(self.device)
         return nn.functional.normalize(self.clip.get_text_features(ids).pooler_output, dim=1)
 
     @torch.no_grad()
     def image_features(self, images: Images) -> Tensor:
         """(N, 96), in DINOv2's part: for similarity and diversity."""
-        return self.embedder.embedding(to_input(images))
+        return self.embedder.embedding(self.input(images))
 
     @torch.no_grad()
     def gram_features(self, images: Images) -> list[Tensor]:
         """Five (N, C, H, W) maps, in VGG19's part: for style."""
-        return self.gram.features(to_input(images))
+        return self.gram.features(self.input(images))
 
     @torch.no_grad()
     def attributes(self, images: Images) -> dict[str, Tensor]:
         """family -> (N, values) probabilities, in the order of `vocabulary`."""
-        return {f: v.softmax(1) for f, v in self.oracle(to_input(images)).items()}
+        return {f: v.softmax(1) for f, v in self.oracle(self.input(images)).items()}
 
 
-def load(folder: Path | None = None) -> Judges:
+def load(folder: Path | None = None, device: torch.device | str = "cpu") -> Judges:
     """The judges in `folder`/judges, by default those shipped with the package, in float32."""
+    device = torch.device(device)
     folder = (folder or shipped()) / "judges"
     if not (folder / "oracle.safetensors").is_file():
         raise UserError(f"{folder} holds no judges: expected oracle.safetensors there")
@@ -83,14 +88,15 @@ def load(folder: Path | None = None) -> Judges:
     def network(kind: type[Network], name: str) -> Network:
         net = kind()
         net.load_state_dict(load_file(folder / f"{name}.safetensors"))
-        return net.float().eval().requires_grad_(False)
+        return net.float().eval().requires_grad_(False).to(device)
 
     clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32)
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / "tokenizer")
     return Judges(
         tokenizer=tokenizer,
-        clip=clip.eval().requires_grad_(False),
+        clip=clip.eval().requires_grad_(False).to(device),
         embedder=network(Embedder, "embedder"),
         gram=network(Gram, "gram"),
         oracle=network(Oracle, "oracle"),
+        device=device,
     )

@@ -75,10 +75,10 @@ class Relative(torch.optim.Optimizer):
         else:
             root_v = _mean(state, "entries", g, b, ())
         u = torch.where(root_v > 0, g / root_v, 0.0)
-        u = u / max(1.0, rms(u) / group["d"])
+        u = u / (rms(u) / group["d"]).clamp(min=1.0)
         lr = group["lr"]
         theta.mul_(1 - lr * group["weight_decay"])
-        theta.sub_((max(group["eps2"], size) * min(lr, t**-0.5) * u).to(theta.dtype))
+        theta.sub_((size.clamp(min=group["eps2"]) * min(lr, t**-0.5) * u).to(theta.dtype))
 
 
 AXES = {"rows": -1, "columns": -2}  # the axis along which a mean is taken
@@ -94,6 +94,6 @@ def _mean(state: dict[str, Any], name: str, g: Tensor, b: float, axis: int | tup
     return kept.double()
 
 
-def rms(x: Tensor) -> float:
-    """The root mean square."""
-    return float(x.square().mean().sqrt())
+def rms(x: Tensor) -> Tensor:
+    """The root mean square; a number that stays on its device."""
+    return x.square().mean().sqrt()

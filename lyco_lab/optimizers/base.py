@@ -62,6 +62,10 @@ class Optimizer(abc.ABC):
     # `eval()` and `train()`, which exchange the two in the parameters.
     averages: ClassVar[bool] = False
 
+    # Claim: why a step waits for numbers of the device, beside the one wait of every step
+    # (lyco_lab/waits.py). "" where it does not.
+    waits: ClassVar[str] = ""
+
     @abc.abstractmethod
     def make(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer of these groups, each of which has its `options` and its lr."""

@@ -48,6 +48,7 @@ class Prodigy(Optimizer):
     growth_rate: float | None = None  # None: as fast as it likes
 
     powers: ClassVar = {"d0": 1, "eps": -1, "weight_decay": -1}
+    waits: ClassVar = "the package reads d's numerator and denominator of every factor"
     one_scale: ClassVar = "its one step size d, which moves by s, is estimated from all factors"
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from lyco_lab.config import Run
 from lyco_lab.data.batches import Batch
+from lyco_lab.diffusion.base import NoPicture
 from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.errors import Interrupted
 from lyco_lab.files import atomic
@@ -141,6 +142,9 @@ class Samples(lightning.Callback):
         except NoMemory as error:
             self.fit = False
             print(f"{error}: training goes on without samples from step {done} on")
+            return
+        except NoPicture as error:  # a look on the way, of which nothing depends
+            print(f"{self.run.name}: no samples of step {done}: {error}")
             return
         row = side_by_side(images)
         with atomic(self.folder / f"step{done:08d}.png") as temporary:

@@ -19,6 +19,7 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor, nn
 
+from lyco_lab import waits
 from lyco_lab.adapters.mount import Mounted
 from lyco_lab.config import Train
 from lyco_lab.config.groups import check
@@ -80,7 +81,7 @@ class Training(lightning.LightningModule):
         decay = settings.ema_decay
         self.average = None if decay is None else optimizer.Average(self.factors(), decay)
         self.row: dict[str, float | None] = {}  # the current step's, filled as it proceeds
-        self.losses: list[float] = []  # of its micro-batches
+        self.losses: list[tuple[Tensor, Batch]] = []  # of its micro-batches
 
     def factors(self) -> dict[str, nn.Parameter]:
         """'part.layer.factor' -> parameter, in the order of the models; words come last."""
@@ -118,11 +119,7 @@ class Training(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         found = self.loss(batch)
-        value = self.over_processes(found.detach())
-        if not math.isfinite(value):
-            raise self.not_finite(f"the loss is {value}", batch)
-        self.losses.append(value)
-        self.row["loss"] = sum(self.losses) / len(self.losses)
+        self.losses.append((self.over_processes(found.detach()), batch))
         return found
 
     def has_idle_factors(self, batch: Batch) -> bool:
@@ -132,11 +129,11 @@ class Training(lightning.LightningModule):
             found = torch.autograd.grad(self.loss(moved), self.trained, allow_unused=True)
         return any(gradient is None for gradient in found)
 
-    def over_processes(self, value: Tensor) -> float:
+    def over_processes(self, value: Tensor) -> Tensor:
         """The mean of a number over all processes: what one says of it, all say."""
         if torch.distributed.is_initialized():
             value = self.trainer.strategy.reduce(value.clone(), reduce_op="mean")
-        return value.item()
+        return value
 
     def loss(self, batch: Batch) -> Tensor:
         z, e, t = batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B
@@ -154,10 +151,18 @@ class Training(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Lightning's place for this, between the backward pass and the optimizer's step."""
-        norm = optimizer.clip(self.trained, self.settings.grad_clip, self.clip_weights)
-        if not math.isfinite(norm):
-            raise self.not_finite(f"the norm of the gradients is {norm}")
-        self.row["grad_norm"] = norm
+        norm = optimizer.norm(self.trained, self.clip_weights)
+        # All numbers of the step at once, and before anything has used them.
+        numbers = torch.stack([*(loss for loss, _ in self.losses), norm])
+        *losses, grad_norm = waits.host(numbers, "step").tolist()
+        for value, (_, batch) in zip(losses, self.losses, strict=True):
+            if not math.isfinite(value):
+                raise self.not_finite(f"the loss is {value}", batch)
+        if not math.isfinite(grad_norm):
+            raise self.not_finite(f"the norm of the gradients is {grad_norm}")
+        self.row["loss"] = sum(losses) / len(losses)
+        self.row["grad_norm"] = grad_norm
+        optimizer.clip(self.trained, self.settings.grad_clip, grad_norm)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -175,7 +180,7 @@ class Training(lightning.LightningModule):
         """Of every bit of the factors."""
         found = hashlib.blake2b(digest_size=16)
         for factor in self.factors().values():
-            found.update(factor.detach().cpu().contiguous().numpy().data)
+            found.update(waits.host(factor, "digest").contiguous().numpy().data)
         return found.digest()
 
     def exported_digest(self) -> bytes:
@@ -242,6 +247,11 @@ class Training(lightning.LightningModule):
         finally:
             self.average.swap()
 
+    def _first_output(self, layers: Mapping[str, nn.Module], batch: Batch) -> str | None:
+        for mounted in self.mounted.values():
+            mounted.part = batch.part  # which may not be the last of its step
+        return guard.first_output(layers, lambda: self.loss(batch))
+
     def not_finite(self, what: str, batch: Batch | None = None) -> guard.NotFinite:
         """An error that names the step and the first layer concerned."""
         layers = {
@@ -254,7 +264,7 @@ class Training(lightning.LightningModule):
             where = f"the factor {name} is not finite"
         elif batch is None:
             where = f"the gradient of {guard.first_gradient(factors)} is not finite"
-        elif (name := guard.first_output(layers, lambda: self.loss(batch))) is not None:
+        elif (name := self._first_output(layers, batch)) is not None:
             where = f"the output of the layer {name} is not finite"
         else:
             where = "every adapted layer's factors and outputs are finite"

@@ -84,10 +84,8 @@ def set_rates(optimizer: torch.optim.Optimizer, shares: Sequence[float]) -> None
 
 
 @torch.no_grad()
-def clip(
-    parameters: Sequence[nn.Parameter], largest: float | None, weights: Sequence[float]
-) -> float:
-    """Scale all gradients down together if their weighed norm exceeds `largest`; return that.
+def norm(parameters: Sequence[nn.Parameter], weights: Sequence[float]) -> Tensor:
+    """The weighed norm of all gradients together; a number that stays on its device.
 
     The parameters come in the model's order, so that the sum does not depend on the groups.
     """
@@ -96,10 +94,15 @@ def clip(
     norms = list(torch._foreach_norm(gradients))
     if any(weight != 1 for _, weight in pairs):
         norms = [norm * weight for norm, (_, weight) in zip(norms, pairs, strict=True)]
-    norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def clip(parameters: Sequence[nn.Parameter], largest: float | None, norm: float) -> None:
+    """Scale all gradients down together if their norm exceeds `largest`."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if largest is not None and norm > largest:
         torch._foreach_mul_(gradients, largest / norm)
-    return norm
 
 
 class Average:

@@ -26,6 +26,7 @@ from lyco_lab.data.cache import Cache
 from lyco_lab.data.folder import Dataset
 from lyco_lab.data.stage import beside, dataset, material
 from lyco_lab.data.stored import Stored
+from lyco_lab.devices import device
 from lyco_lab.diffusion import targets, word
 from lyco_lab.diffusion.memory import free
 from lyco_lab.diffusion.model import Diffusion, load
@@ -220,19 +221,9 @@ def embedding_file(run: Run, record: Record) -> Path | None:
 
 def frozen(run: Run, rank: int = 0) -> Diffusion:
     """The run's model, where the process of this rank is to train it."""
-    return load(placed(run.model), DTYPES[run.model.precision]).to(device(run, rank))
-
-
-def device(run: Run, rank: int = 0) -> torch.device:
-    asked, needed, here = run.trainer.accelerator, run.trainer.devices, torch.cuda.device_count()
-    if asked == "cpu" or (asked == "auto" and here == 0):
-        return torch.device("cpu")
-    if here < needed:
-        raise UserError(
-            f"trainer.devices is {needed} and trainer.accelerator is {asked!r}, but there "
-            f"{'is' if here == 1 else 'are'} {here} GPU{'s' * (here != 1)} here"
-        )
-    return torch.device("cuda", rank)
+    return load(placed(run.model), DTYPES[run.model.precision]).to(
+        device(run, rank, run.trainer.devices)
+    )
 
 
 def validating(

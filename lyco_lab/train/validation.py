@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lyco_lab import waits
 from lyco_lab.data.batches import Batch, Material, Order
 from lyco_lab.errors import UserError
 from lyco_lab.seeds import derive, generator
@@ -69,13 +70,17 @@ class Validation:
     @torch.no_grad()
     def loss(self, module: Any) -> float:
         """The mean over all images and their timesteps, of the module as it would be exported."""
-        total = 0.0
+        found = []
         with module.exported():
             for mounted in module.mounted.values():
                 mounted.eval()
             for batch in self.batches(module):
                 moved = module.transfer_batch_to_device(batch, module.device, 0)
-                total += module.loss(moved).item() * len(batch.indices_B)
+                found.append((module.loss(moved), len(batch.indices_B)))
+        losses = waits.host(torch.stack([loss for loss, _ in found]), "validation").tolist()
+        total = 0.0
+        for loss, (_, count) in zip(losses, found, strict=True):
+            total += loss * count
         return total / (len(self.images) * self.draws)
 
     def batches(self, module: Any) -> Iterator[Batch]:

@@ -176,7 +176,7 @@ def make(
         runs=tuple(runs(concepts, "demo", images_per_type)),
         pairs=((f"lora-gamma-{concepts[0]}", f"lora-rewritten-{concepts[0]}"),),
     )
-    monkeypatch.setattr(evaluate_module.miniature_judges, "load", lambda: KnowingJudges(truths))
+    monkeypatch.setattr(evaluate_module.miniature_judges, "load", lambda **_: KnowingJudges(truths))
     for run in study.runs:
         record = Record.open(root, run)
         prepare(run, record)

@@ -85,12 +85,12 @@ def test_a_learning_rate_that_is_far_too_large_ends_with_advice(begin):
 
 def test_the_state_is_saved_and_no_run_goes_on_from_it(begin, monkeypatch):
     run, record = begin()
-    kept = {}
+    kept, loss = {}, Training.loss
 
     def poison(module):
         kept.update({n: f.detach().clone() for n, f in module.factors().items()})
         module.settings.__dict__["grad_clip"] = math.nan  # the factors stay as they are
-        monkeypatch.setattr(Training, "loss", lambda self, batch: torch.tensor(math.inf))
+        monkeypatch.setattr(Training, "loss", lambda self, batch: loss(self, batch) + math.inf)
 
     after_step(monkeypatch, 6, poison)
     with pytest.raises(UserError, match="loss is inf at step 7: every adapted layer's .* finite"):
@@ -103,3 +103,22 @@ def test_the_state_is_saved_and_no_run_goes_on_from_it(begin, monkeypatch):
     train(run, record)  # from step 4, where the last checkpoint is
     assert record.done("train")
     assert kohya.load(record.path / "adapter.safetensors")
+
+
+def test_of_several_micro_batches_the_bad_one_is_looked_into(begin, monkeypatch):
+    """All of a step's numbers are read at its end; a later micro-batch was fine."""
+    run, record = begin(accumulate=2, batch_size=2)
+    loss, seen = Training.loss, []
+
+    def bad_once(self, batch):
+        found = loss(self, batch)
+        if batch.step == 2 and not batch.last:
+            seen.append([mounted.part for mounted in self.mounted.values()])
+            return found + math.nan
+        return found
+
+    monkeypatch.setattr(Training, "loss", bad_once)
+    with pytest.raises(UserError, match="the loss is nan at step 3: every adapted layer's"):
+        train(run, record)
+    assert seen == [[0], [0]]  # in the step, and when it was looked for
+    assert len((record.path / "train" / "metrics.csv").read_text().splitlines()) == 1 + 2

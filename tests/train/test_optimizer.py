@@ -12,7 +12,16 @@ from lyco_lab.config import Train
 from lyco_lab.config.groups import Group, check
 from lyco_lab.errors import UserError
 from lyco_lab.optimizers import OPTIMIZERS
-from lyco_lab.train.optimizer import Average, Factor, build, clip, groups, set_rates, weights
+from lyco_lab.train.optimizer import (
+    Average,
+    Factor,
+    build,
+    clip,
+    groups,
+    norm,
+    set_rates,
+    weights,
+)
 from lyco_lab.train.schedule import share
 
 ADAMW = OPTIMIZERS["adamw"]()
@@ -41,7 +50,10 @@ def rates(optimizer):
 
 
 def clip_all(made, largest, settings=None):
-    return clip([f.parameter for f in made], largest, weights(settings or Train(), made))
+    parameters = [f.parameter for f in made]
+    found = float(norm(parameters, weights(settings or Train(), made)))
+    clip(parameters, largest, found)
+    return found
 
 
 def test_the_rates_follow_their_share():
