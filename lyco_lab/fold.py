@@ -112,6 +112,8 @@ def folding(study: Study, root: Path) -> Folding:
             if run is source or run.name in paired | own:
                 continue
             record = records[run.name]
+            if origin(records[source.name]) == record.path.name:
+                continue  # the result is its own, of which something has to be made again
             if record.done(TRAIN) and origin(record) != origin(records[source.name]):
                 continue  # it has its result from elsewhere
             verdict = equivalent(source, run)
@@ -157,12 +159,12 @@ def share(fold: Fold, root: Path, stage: str) -> None:
     """Give a run what `stage` left in the folder of its source, unless it has it."""
     record, source = (Record(root / run.folder_name) for run in (fold.run, fold.source))
     with _both(record, source):
-        if record.done(stage) or not source.done(stage):
+        if record.settled(stage) or not source.settled(stage):
             return
         if stage != TRAIN and (not shared(record) or origin(record) != origin(source)):
             return  # trained by itself in the meantime
         _check_same_images(fold, record, source)
-        facts = source.facts(stage)
+        facts, theirs = source.require(stage), source.mark(stage)
         bitwise = fold.equivalence.bitwise and facts.get(HOW, BITWISE) == BITWISE
         how = BITWISE if bitwise else ROUNDED
         with _staging(record) as staging:
@@ -172,7 +174,12 @@ def share(fold: Fold, root: Path, stage: str) -> None:
         if stage == TRAIN:
             with atomic(record.path / SAID) as temporary:
                 temporary.write_text(_statement(fold, origin(source), how))
-        record.finish(stage, **facts | {ORIGIN: origin(source), HOW: how})
+        record.finish(
+            stage,
+            reads=[name for name in theirs.reads if "/" in name],  # of folders that both use
+            beside=theirs.beside,
+            **facts | {ORIGIN: origin(source), HOW: how},
+        )
 
 
 def set_aside(record: Record) -> None:

@@ -28,6 +28,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,11 +46,13 @@ from lyco_lab.diffusion.base import NoPicture
 from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.diffusion.model import Diffusion, fingerprint, load
 from lyco_lab.errors import UserError, nearest
-from lyco_lab.files import atomic, locked
+from lyco_lab.files import atomic, locked, sweep
 from lyco_lab.formats import embedding, kohya
+from lyco_lab.integrity import BASE, mend
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.prompts import Prompt, prompts
 from lyco_lab.progress import track
+from lyco_lab.readers import Damaged, read_json, read_parquet, read_png
 from lyco_lab.record import Record
 from lyco_lab.train import embedding_file
 
@@ -181,18 +184,26 @@ STYLE = (
 
 def generate(run: Run, record: Record) -> None:
     """The stage: every image of the run and of the base model, or those still missing."""
-    if record.done(STAGE):
+    base = Record(base_folder(run, record))
+    sweep(base.path)
+    for line in mend(base):
+        print(line)
+    wanted = record.pending(STAGE)
+    if not wanted and base.done(STAGE):
         return
     asked = ask(run, dataset(run, record).concepts)
     diffusion = load(placed(run.model)).to(device(run))
-    base = base_folder(run, record)
-    with locked(base):  # runs side by side ask for the same
-        if not (base / TABLE).is_file():
+    with locked(base.path):  # runs side by side ask for the same
+        if not base.done(STAGE):
             remedy = (
                 f"the model itself does that: look whether {run.model.path} is whole, and try a "
                 f"smaller generate.guidance than {run.generate.guidance:g}"
             )
-            render(run, diffusion, asked, base, f"{run.name}: base model", remedy)
+            files = render(run, diffusion, asked, base.path, f"{run.name}: base model", remedy)
+            base.finish(STAGE, outputs=files)
+    if not wanted:
+        return
+    record.require("train")
     if (file := embedding_file(run, record)) is not None:
         word.add(diffusion, str(run.embedding.token), embedding.load(file))
     for mounted in kohya.apply(record.path / "adapter.safetensors", diffusion.parts).values():
@@ -206,9 +217,16 @@ def generate(run: Run, record: Record) -> None:
     )
     render(run, diffusion, asked, record.path / STAGE, f"{run.name}: generate", remedy)
     show(run, record)
-    cut = {"at_once": pieces(record.path / STAGE), "base_at_once": pieces(base)}
+    cut: dict[str, Any] = {
+        "at_once": asdict(pieces(record.path / STAGE)),
+        "base_at_once": asdict(pieces(base.path)),
+    }
     record.finish(
-        STAGE, images=len(asked), base=base.name, **{key: asdict(p) for key, p in cut.items()}
+        STAGE,
+        beside=[stage_of(base)],
+        images=len(asked),
+        base=base.path.name,
+        **cut,
     )
 
 
@@ -330,8 +348,10 @@ def render(
     folder: Path,
     title: str,
     remedy: str,
-) -> None:
-    """Images as PNG, then the table that says the folder is whole.
+) -> list[Path]:
+    """Images as PNG, then the table that lists them; returns all files of the folder.
+
+    Images that are there already, and whole, are not drawn again.
 
     Batches are always cut at the same places: an image depends on its batch in the last bits, and
     a stage that was interrupted has to end with the images it would have made at once. Where
@@ -345,7 +365,7 @@ def render(
     size, at_once = run.generate.batch_size, pieces(folder)
     for batch in track(batches(asked, size), title):
         paths = [image_path(folder, prompt) for prompt in batch]
-        if all(path.is_file() for path in paths):
+        if all(is_whole(path) for path in paths):
             continue
         before = replace(at_once)
         try:
@@ -372,12 +392,27 @@ def render(
     table = pd.DataFrame([row(prompt, run.generate.seed) for prompt in asked])
     with atomic(folder / TABLE) as temporary:
         table.to_parquet(temporary, index=False)
+    cut = [folder / PIECES] if (folder / PIECES).is_file() else []
+    return [*(image_path(folder, prompt) for prompt in asked), folder / TABLE, *cut]
+
+
+def is_whole(image: Path) -> bool:
+    """Whether an image has been drawn, and every byte of it can be decoded."""
+    try:
+        return image.is_file() and read_png(image) is not None
+    except UserError:
+        return False
 
 
 def pieces(folder: Path) -> AtOnce:
     """The pieces in which this folder's batches are drawn."""
     file = folder / PIECES
-    return AtOnce(**json.loads(file.read_text())) if file.is_file() else AtOnce()
+    if not file.is_file():
+        return AtOnce()
+    try:
+        return AtOnce(**read_json(file))
+    except TypeError as error:
+        raise Damaged(file, "it is no size of pieces; delete it") from error
 
 
 def batches(asked: Sequence[Prompt], size: int) -> list[list[Prompt]]:
@@ -399,7 +434,7 @@ def show(run: Run, record: Record) -> None:
 
 def tiled(files: Sequence[str]) -> NDArray[np.uint8]:
     """Images of one size side by side, row by row, as near to a square as their number allows."""
-    images = [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    images = [read_png(Path(file)) for file in files]
     across = int(np.ceil(np.sqrt(len(images))))
     blank = np.zeros_like(images[0])
     images += [blank] * (-len(images) % across)
@@ -426,9 +461,14 @@ def read_table(folder: Path) -> pd.DataFrame:
     path = folder / TABLE
     if not path.is_file():
         raise UserError(f"{path} does not exist: generate that run's images first")
-    table = pd.read_parquet(path)
+    table = read_parquet(path, ("file", "kind", "index", "prompt", "seed", "concept"))
     table["file"] = [str(folder / name) for name in table["file"]]
     return table
+
+
+def stage_of(base: Record) -> str:
+    """What a run's marks call the images in a folder of the base model."""
+    return f"{BASE}/{base.path.name}/{STAGE}"
 
 
 def base_folder(run: Run, record: Record) -> Path:
@@ -445,7 +485,7 @@ def base_folder(run: Run, record: Record) -> Path:
     }
     text = json.dumps(depends, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    return record.path.parent / "base" / f"{run.data.title}-{digest}"
+    return record.path.parent / BASE / f"{run.data.title}-{digest}"
 
 
 def image_path(folder: Path, prompt: Prompt) -> Path:

@@ -27,16 +27,16 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lyco_lab.config import Run
 from lyco_lab.files import atomic
 from lyco_lab.fold import DATA, LOOKED_AT, TRAIN, link, trained
-from lyco_lab.record import Record, identity
+from lyco_lab.integrity import METRICS
+from lyco_lab.readers import Damaged
+from lyco_lab.record import CONFIG, Record, identity, read_config
 from lyco_lab.tracking import track
 from lyco_lab.train import journal
 from lyco_lab.train.callbacks import NORM_EVERY, shown
-from lyco_lab.train.checkpoint import Checkpoints, read
+from lyco_lab.train.checkpoint import Checkpoints, State, read
 
 SAID = "began.txt"
 UNREADABLE = (math.inf, "")
@@ -93,12 +93,12 @@ def begin(run: Run, record: Record) -> None:
         return
     root = record.path.parent
     for start, other in sorted(_shorter(run, root), key=lambda each: -each[0].steps):
-        state = read(Checkpoints.of(other).file(start.steps))
+        state = _whole_state(other, start.steps)
         if state is None or not _of_the_same(record, other):
             continue
         folder = record.path / TRAIN
         print(f"{run.name}: goes on from {start.sentence}")
-        rows = journal.rows(other.path / TRAIN / "metrics.csv", start.steps)
+        rows = journal.rows(other.output(TRAIN, METRICS), start.steps)
         if start.steps % NORM_EVERY:
             rows[-1]["delta_norm"] = None  # it is there because the other ended with it
         with atomic(folder / SAID) as temporary:
@@ -126,9 +126,20 @@ def _shorter(run: Run, root: Path) -> Iterator[tuple[Start, Record]]:
     wanted = _but_steps(run)
     for mark in sorted(root.glob(f"*/done/{TRAIN}.json")):
         record = Record(mark.parents[1])
-        steps, rest = _read(record.path / "config.yaml")
+        steps, rest = _read(record.path)
         if steps < run.train.steps and rest == wanted and trained(record):
             yield Start(record.path.name, int(steps)), record
+
+
+def _whole_state(other: Record, steps: int) -> State | None:
+    """The last state of a run that is done; None if that or the rows beside it are damaged."""
+    file = Checkpoints.of(other).file(steps)
+    try:
+        other.output(TRAIN, METRICS)
+        return read(other.output(TRAIN, file.relative_to(other.path).as_posix()))
+    except Damaged as error:
+        print(f"{error}: nothing goes on from it")
+        return None
 
 
 def _of_the_same(record: Record, other: Record) -> bool:
@@ -146,15 +157,16 @@ def _without_steps(config: Mapping[str, Any]) -> str:
     return json.dumps(identity({**config, "train": train}), sort_keys=True, default=str)
 
 
-def _read(path: Path) -> tuple[float, str]:
-    """The steps of a run's config.yaml, and the rest; (inf, "") where it cannot be read."""
-    return _read_once(path, path.stat().st_mtime_ns) if path.is_file() else UNREADABLE
+def _read(folder: Path) -> tuple[float, str]:
+    """The steps of a run's configuration, and the rest; (inf, "") where it cannot be read."""
+    file = folder / CONFIG
+    return _read_once(folder, file.stat().st_mtime_ns) if file.is_file() else UNREADABLE
 
 
 @lru_cache(maxsize=1024)
-def _read_once(path: Path, _changed_ns: int) -> tuple[float, str]:
+def _read_once(folder: Path, _changed_ns: int) -> tuple[float, str]:
     try:
-        config = yaml.safe_load(path.read_text())
-        return int(config["train"]["steps"]), _without_steps(config)
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError):
+        config = read_config(folder)
+        return UNREADABLE if config is None else (config["train"]["steps"], _without_steps(config))
+    except (KeyError, TypeError):  # of another version
         return UNREADABLE

@@ -13,11 +13,11 @@ LIBRARY = ROOT / "lyco_lab"
 
 # A module may import its own package and whatever stands before it.
 ORDER = (
-    "errors", "files", "readers", "kinds", "seeds", "linalg", "waits", "record", "progress",
-    "workers", "adapters", "optimizers", "config", "devices", "formats", "diffusion", "miniature",
-    "gamma", "fold", "data", "tracking", "train", "longer", "verify", "generate", "evaluate",
-    "analyse", "report", "dry_run", "lacking", "costs", "engines", "doctor", "import_config",
-    "cli", "__main__",
+    "errors", "files", "readers", "kinds", "seeds", "linalg", "waits", "record", "integrity",
+    "progress", "workers", "adapters", "optimizers", "config", "devices", "formats", "diffusion",
+    "miniature", "gamma", "fold", "data", "tracking", "train", "longer", "verify", "generate",
+    "evaluate", "adopt", "analyse", "report", "dry_run", "lacking", "costs", "engines", "doctor",
+    "import_config", "cli", "__main__",
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {

@@ -259,12 +259,18 @@ def test_changed_training_images_are_not_the_same_run(study, ran, tmp_path, tiny
         local.run_study(study("one", "half", folder=folder), root, quiet)
 
 
-def test_a_result_that_is_gone_is_asked_for(study, ran, tmp_path):
+@pytest.mark.parametrize("name", ["one", "half"])
+def test_a_result_that_is_gone_is_made_again_where_it_was_made(study, ran, tmp_path, name):
     root, mine = tmp_path / "runs", study("one", "half")
-    local.run_study(study("one"), root, quiet)
-    (folder_of(mine, "one", root) / "adapter.safetensors").unlink()
-    with pytest.raises(UserError, match="adapter.safetensors is missing: delete"):
-        local.run_study(mine, root, quiet)
+    local.run_study(mine, root, quiet)
+    file = folder_of(mine, name, root) / "adapter.safetensors"
+    whole = file.read_bytes()
+    file.unlink()
+    ran.clear()
+    local.run_study(mine, root, quiet)
+    assert trainings(ran) == ["one"] * (name == "one")
+    assert file.read_bytes() == whole
+    assert trained(Record(folder_of(mine, "one", root)))
 
 
 def test_where_the_disk_has_no_hard_links_files_are_copied(study, ran, tmp_path, monkeypatch):

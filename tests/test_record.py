@@ -27,7 +27,7 @@ configs = st.dictionaries(keys, st.one_of(scalars, st.dictionaries(keys, scalars
 @dataclass
 class Run:
     config: dict = field(default_factory=lambda: json.loads(json.dumps(CONFIG)))
-    folder_name: str = "lora-12345678"
+    folder_name: str = f"lora-{digest(CONFIG)}"
 
     def to_dict(self):
         return self.config
@@ -187,7 +187,7 @@ def test_a_key_that_one_side_lacks_is_refused_too(tmp_path):
 
 
 def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path):
-    foreign = tmp_path / "lora-12345678" / "thesis.txt"
+    foreign = tmp_path / Run().folder_name / "thesis.txt"
     foreign.parent.mkdir()
     foreign.write_text("years of work")
     with pytest.raises(UserError, match="not a run"):
@@ -196,15 +196,21 @@ def test_a_folder_of_other_things_is_refused_and_untouched(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "a: [\n", "\0\1"])
-def test_a_damaged_config_is_refused(tmp_path, content):
-    path = Record.open(tmp_path, Run()).path
-    (path / "config.yaml").write_text(content)
+def test_a_damaged_config_is_refused_unless_a_stage_is_done(tmp_path, capsys, content):
+    opened = Record.open(tmp_path, Run())
+    file = opened.path / "config.yaml"
+    whole = file.read_text()
+    file.write_text(content)
     with pytest.raises(UserError, match=r"config\.yaml"):
         Record.open(tmp_path, Run())
+    opened.finish("data")
+    Record.open(tmp_path, Run())
+    assert "config.yaml was damaged" in capsys.readouterr().out
+    assert file.read_text() == whole
 
 
 def test_a_folder_left_empty_by_a_kill_is_taken_over(tmp_path):
-    (tmp_path / "lora-12345678" / ".part-abc").mkdir(parents=True)
+    (tmp_path / Run().folder_name / ".part-abc").mkdir(parents=True)
     opened = Record.open(tmp_path, Run())
     assert (opened.path / "config.yaml").is_file()
     assert parts(opened.path) == []

@@ -9,7 +9,8 @@ from lyco_lab.analyse.gamma_pair import Verdict
 from lyco_lab.analyse.table import study_folder, table
 from lyco_lab.config import Study
 from lyco_lab.errors import UserError
-from lyco_lab.fold import shared
+from lyco_lab.fold import TRAIN, shared
+from lyco_lab.integrity import METRICS
 from lyco_lab.record import Record
 
 GAMMA = "gamma.csv"
@@ -24,14 +25,14 @@ def verdicts(study: Study, root: Path) -> list[Verdict]:
     """One verdict for each pair of the study."""
     found = []
     for gamma, rewritten in study.pairs:
-        folders = [root / study.run(name).folder_name for name in (gamma, rewritten)]
-        for folder in folders:
-            if shared(Record(folder)):
+        records = [Record(root / study.run(name).folder_name) for name in (gamma, rewritten)]
+        for record in records:
+            if shared(record):
                 raise UserError(
-                    f"{folder} has the result of another run, and a pair needs a training of its "
-                    "own: run the study first"
+                    f"{record.path} has the result of another run, and a pair needs a training of "
+                    "its own: run the study first"
                 )
-        losses = [gamma_pair.read_losses(folder / "train" / "metrics.csv") for folder in folders]
+        losses = [gamma_pair.read_losses(record.output(TRAIN, METRICS)) for record in records]
         found.append(gamma_pair.compare(gamma, rewritten, *losses))
     if found:
         gamma_pair.write(found, study_folder(study, root) / GAMMA)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lyco_lab.errors import UserError
 from lyco_lab.files import atomic
+from lyco_lab.readers import Damaged, read_csv
 
 COLUMNS = ("pair", "step", "loss_gamma", "loss_rewritten")
 
@@ -91,8 +92,12 @@ def read_losses(metrics: Path) -> dict[int, float]:
     """{step: loss} of a run's train/metrics.csv, every bit kept."""
     if not metrics.is_file():
         raise UserError(f"{metrics} does not exist: train that run first")
-    with metrics.open(newline="") as file:
-        return {int(row["step"]): exact(row["loss"]) for row in csv.DictReader(file)}
+    try:
+        return {int(row["step"]): exact(row["loss"]) for row in read_csv(metrics, ("step", "loss"))}
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise Damaged(metrics, f"a step or a loss is no number ({error})") from error
 
 
 def exact(text: str) -> float:

@@ -15,7 +15,6 @@ ones. Real images have no prompt types, so their one value stands in every colum
 """
 
 import io
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,17 +24,15 @@ from typing import Any
 import pandas as pd
 
 from lyco_lab.config import Run, Study
-from lyco_lab.data.concepts import Concept
-from lyco_lab.data.stage import dataset
 from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Metric
 from lyco_lab.evaluate.stage import CONCEPTS, METRICS_FILE, REAL, STAGE
 from lyco_lab.files import atomic
-from lyco_lab.generate import drawn
+from lyco_lab.integrity import BASE
+from lyco_lab.readers import read_json, read_parquet
 from lyco_lab.record import Record
 
-BASE = "base"
 RESULTS = "results.csv"
 BY_CONCEPT = "concepts.csv"
 FIRST = (
@@ -90,9 +87,20 @@ def record_of(run: Run, root: Path) -> Record:
     return record
 
 
+def scores_of(record: Record) -> dict[str, Any]:
+    """What a run's evaluation found, as metrics.json has it."""
+    return read_json(record.output(STAGE, f"{STAGE}/{METRICS_FILE}"))
+
+
+def image_scores(record: Record) -> pd.DataFrame:
+    """A row for each image of a run that is evaluated."""
+    columns = ("file", "kind", "index", "prompt", "seed", "concept")
+    return read_parquet(record.output(STAGE, f"{STAGE}/images.parquet"), columns)
+
+
 def over(record: Record) -> str:
     """Of how many concepts a run's scores are means, and over what their errors are; "" of one."""
-    scores = json.loads((record.path / STAGE / METRICS_FILE).read_text())
+    scores = scores_of(record)
     if (concepts := scores.pop(CONCEPTS, None)) is None:
         return ""
     units = {(score["unit"], score["n"]) for kind in scores.values() for score in kind.values()}
@@ -109,7 +117,7 @@ class _Model:
     about: dict[str, str]  # the images that it is about
     adapter: str
     scores: dict[str, Any]  # as metrics.json has them
-    concepts: dict[str, Concept]  # by name, as they were asked for
+    concepts: dict[str, dict[str, str]]  # by name: their class and category
     costs: dict[str, Any] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
@@ -123,8 +131,8 @@ class _Model:
                 "run": self.name,
                 "data": self.about["concept"],
                 "concept": name,
-                "class": concept.class_name,
-                "category": concept.category,
+                "class": concept["class"],
+                "category": concept["category"],
                 "adapter": self.adapter,
                 **_scores(kinds),
             }
@@ -135,18 +143,17 @@ def _models(study: Study, root: Path) -> Iterator[_Model]:
     by_data: dict[Path, list[tuple[Run, Record]]] = {}
     for run in study.runs:
         record = record_of(run, root)
-        references = root / BASE / str(record.facts(STAGE)["references"])
-        by_data.setdefault(references, []).append((run, record))
+        file = root / BASE / str(record.facts(STAGE)["references"])
+        by_data.setdefault(file, []).append((run, record))
     for path, members in by_data.items():
         run, record = members[0]
-        images = dataset(run, record)
-        about = {"concept": run.data.title, "category": images.category}
-        asked = [drawn(concept, run.generate.concepts) for concept in images.concepts]
-        concepts = {concept.name: concept for concept in asked if concept is not None}
-        references = json.loads(path.read_text())
+        facts = record.facts(STAGE)
+        about = {"concept": run.data.title, "category": facts["category"]}
+        concepts = {concept["name"]: concept for concept in facts["concepts"]}
+        references = read_json(Record(path.parent).output(path.stem, path.name))
         yield _Model(BASE, about, BASE, references[BASE], concepts)
         for run, record in members:
-            scores = json.loads((record.path / STAGE / METRICS_FILE).read_text())
+            scores = scores_of(record)
             facts = record.facts("train")
             costs = {cost: facts[cost] for cost in COSTS}
             yield _Model(run.name, about, run.adapter["kind"], scores, concepts, costs)

@@ -30,9 +30,10 @@ from lyco_lab.analyse.table import study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.diffusion.model import load
 from lyco_lab.files import atomic
-from lyco_lab.fold import BITWISE, ROUNDED, trained
+from lyco_lab.fold import BITWISE, ROUNDED, TRAIN, trained
 from lyco_lab.formats import kohya
 from lyco_lab.gamma import alike, classes, equivalent
+from lyco_lab.integrity import METRICS
 from lyco_lab.miniature import placed
 from lyco_lab.record import Record
 
@@ -128,7 +129,7 @@ def compare(study: Study, root: Path) -> list[Comparison]:
 
 def _comparison(first: Run, run: Run, other: Run, claim: str, gap: Gap, root: Path) -> Comparison:
     losses = [
-        gamma_pair.read_losses(root / each.folder_name / "train" / "metrics.csv")
+        gamma_pair.read_losses(Record(root / each.folder_name).output(TRAIN, METRICS))
         for each in (run, other)
     ]
     verdict = gamma_pair.compare(run.name, other.name, *losses)
@@ -140,7 +141,8 @@ def _read(runs: list[Run], root: Path) -> dict[str, Parts]:
     models = load(placed(runs[0].model)).parts
     found = {}
     for run in runs:
-        found[run.name] = kohya.apply(root / run.folder_name / "adapter.safetensors", models)
+        file = Record(root / run.folder_name).output(TRAIN, "adapter.safetensors")
+        found[run.name] = kohya.apply(file, models)
         for mounted in found[run.name].values():
             mounted.detach()  # a layer carries no two that are equal
     return found

@@ -9,7 +9,7 @@ runs, for all of them.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lyco_lab.config import Run
 from lyco_lab.data import cache, own
@@ -32,14 +32,14 @@ WORLD_SEED = 0  # the images are part of the question: runs of every seed train 
 
 
 def prepare(run: Run, record: Record) -> None:
-    if record.done(STAGE):
+    if not record.pending(STAGE):
         return
     if run.data.concept is not None:
         concepts.write(concepts.concept(run.data.concept), record.path / STAGE, WORLD_SEED)
         found = _read(run, record)
         for item in found.items:
             read_image(item.file)
-        facts = {
+        facts: dict[str, Any] = {
             "digest": found.digest(),
             "images": len(found.items),
             "samples_per_epoch": found.samples_per_epoch,
@@ -98,6 +98,7 @@ def dataset(run: Run, record: Record) -> Dataset:
         samples = _samples(run, record)
         _compare(samples.index.digest(samples.digests), record, place(run))
         return own.dataset_of(samples, place(run), record.path.parent / CACHE)
+    record.require(STAGE)  # its captions and attributes, as well as the pixels
     found = _read(run, record)
     _compare(found.digest(), record, found.folder)
     return found

@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -39,6 +39,7 @@ from lyco_lab.evaluate.stage import evaluate
 from lyco_lab.files import locked
 from lyco_lab.fold import TRAIN, Fold, discard, folding, in_pairs, set_aside, share
 from lyco_lab.generate import generate
+from lyco_lab.integrity import mend, shared_with
 from lyco_lab.longer import begin as begin_from_shorter
 from lyco_lab.longer import lines
 from lyco_lab.record import STAGES, Record
@@ -108,6 +109,8 @@ def run_study(
     result, or a shorter one the beginning.
     """
     records = {run.name: Record.open(root, run) for run in study.runs}
+    for line in mended(records.values()):
+        announce(line)
     for run in study.runs:
         check_model(run, records[run.name])
         plugs(run)
@@ -115,7 +118,7 @@ def run_study(
             set_aside(records[run.name])
     folds = folding(study, root).folds if fold else {}
     total = len(study.runs) * len(STAGES)
-    done = sum(record.done(stage) for record in records.values() for stage in STAGES)
+    done = sum(record.settled(stage) for record in records.values() for stage in STAGES)
     if done:
         announce(f"{done} of {total} stages are done already")
     fresh = in_pairs(study) if fold else {run.name for run in study.runs}
@@ -167,7 +170,20 @@ def _jobs(
                 # Every run has images of its own, by which it is seen that they are the same.
                 own = stage == STAGES[0]
                 job += [Step(fold.run, stage, None if own else fold) for fold in takers]
-        yield [step for step in job if not records[step.run.name].done(step.stage)]
+        yield [step for step in job if step.stage in to_do(records[step.run.name])]
+
+
+def to_do(record: Record) -> Sequence[str]:
+    """The stages of a run that are to be carried out: the first that is not settled, and those
+    after it, which are passed over where it leaves what they have read."""
+    return STAGES[next((i for i, s in enumerate(STAGES) if not record.settled(s)), len(STAGES)) :]
+
+
+def mended(records: Collection[Record]) -> Iterator[str]:
+    """Declare not done what is damaged in runs and in what they share; a line for each fault."""
+    folders = [*records, *(shared for record in records for shared in shared_with(record))]
+    for folder in {record.path: record for record in folders}.values():
+        yield from mend(folder)
 
 
 def _to_do(jobs: Iterable[Job]) -> list[str]:

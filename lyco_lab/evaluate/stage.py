@@ -25,7 +25,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from lyco_lab import tracking
 from lyco_lab.config import Run
@@ -40,9 +39,11 @@ from lyco_lab.evaluate.attributes import CONCEPT_FAMILY
 from lyco_lab.evaluate.base import Encoded, Images, Judges, Score, View
 from lyco_lab.files import atomic
 from lyco_lab.generate import STAGE as GENERATED
-from lyco_lab.generate import base_folder, read_table, scored
+from lyco_lab.generate import base_folder, drawn, read_table, scored, stage_of
+from lyco_lab.integrity import BASE
 from lyco_lab.miniature import judges as miniature_judges
 from lyco_lab.progress import track
+from lyco_lab.readers import read_png
 from lyco_lab.record import Record
 
 STAGE = "evaluate"
@@ -60,19 +61,21 @@ Summary = dict[str, dict[str, dict[str, Any]]]  # prompt type -> score -> mean, 
 
 def evaluate(run: Run, record: Record) -> None:
     """The stage: scores of the run's images, and of its references if no run before had them."""
-    if record.done(STAGE):
+    rule = run.evaluate.trigger_in_text
+    base, references = Record(base_folder(run, record)), f"references-{rule}"
+    wanted, missing = record.pending(STAGE), not base.fresh(references)
+    if not wanted and not missing:
         return
     if foreign(run):
         print(f"{run.name}: {FOREIGN}")
     with quiet():
         judges: Judges = miniature_judges.load(device=device(run))
-    folder, base = record.path / STAGE, base_folder(run, record)
-    made, before = read_table(record.path / GENERATED), read_table(base)
-    check_pairs(made, before, record.path, base)
+    record.require(GENERATED)
+    base.require(GENERATED)
+    made, before = read_table(record.path / GENERATED), read_table(base.path)
+    check_pairs(made, before, record.path, base.path)
     images = dataset(run, record)
-    rule, side, groups = run.evaluate.trigger_in_text, side_of(made), by_concept(made, images)
-    references = base / f"references-{rule}.json"
-    missing = not references.is_file()
+    side, groups = side_of(made), by_concept(made, images)
 
     found: list[Found] = [{} for _ in groups]
     found_base: list[Found] = [{} for _ in groups]
@@ -94,14 +97,31 @@ def evaluate(run: Run, record: Record) -> None:
             found_base[i][kind] = measure(view_of(rows_base, partner, real, partner, rule))
     several = [concept for concept, _ in groups] if len(images.concepts) > 1 else []
     if missing:
-        write_json(references, {"base": told(found_base, several), REAL: told(found_real, several)})
+        file = base.path / f"{references}.json"
+        write_json(file, {"base": told(found_base, several), REAL: told(found_real, several)})
+        base.finish(references, outputs=[file], reads=[GENERATED])
+    if not wanted:
+        return
+    folder = record.path / STAGE
     per_image = table_of(made, [rows for _, rows in groups], found, record.path)
     with atomic(folder / "images.parquet") as temporary:
         per_image.to_parquet(temporary, index=False)
     scores = told(found, several)
     write_json(folder / METRICS_FILE, scores)
     show(run, record, per_image, {kind: scores[kind] for kind in dict.fromkeys(made["kind"])})
-    record.finish(STAGE, images=len(made), references=f"{base.name}/{references.name}")
+    record.finish(
+        STAGE,
+        reads=[stage_of(base)],
+        beside=[f"{BASE}/{base.path.name}/{references}"],
+        images=len(made),
+        references=f"{base.path.name}/{references}.json",
+        category=images.category,
+        concepts=[
+            {"name": c.name, "class": c.class_name, "category": c.category}
+            for c in (drawn(concept, run.generate.concepts) for concept in images.concepts)
+            if c is not None
+        ],
+    )
 
 
 def foreign(run: Run) -> bool:
@@ -265,21 +285,11 @@ def check_pairs(made: pd.DataFrame, before: pd.DataFrame, run: Path, base: Path)
 
 
 def read_images(files: Sequence[str]) -> Images:
-    images = []
-    for file in files:
-        try:
-            with Image.open(file) as opened:
-                images.append(np.asarray(opened.convert("RGB")))
-        except (OSError, SyntaxError) as error:
-            raise UserError(
-                f"cannot read the image {file}: {error}; delete it and run again"
-            ) from error
-    return np.stack(images)
+    return np.stack([read_png(Path(file)) for file in files])
 
 
 def side_of(made: pd.DataFrame) -> int:
-    with Image.open(made["file"].iloc[0]) as image:
-        return image.width
+    return read_png(Path(made["file"].iloc[0])).shape[1]
 
 
 def write_json(path: Path, content: Any) -> None:

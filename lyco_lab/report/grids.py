@@ -6,13 +6,15 @@ changed and nothing else. Training images come first, as what was to be learnt.
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image
+
+from lyco_lab.errors import UserError
 
 COLUMNS = {"train": 1, "trigger": 2, "alter": 4, "style": 2}  # how many prompts of each type
 FILLER = "alter"  # shown more often where another type is missing
@@ -31,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    uri: str
+    uri: str  # "": the image is gone, or not what it was
     alt: str
 
 
@@ -82,18 +84,27 @@ def choose_columns(tables: Sequence[pd.DataFrame]) -> tuple[Column, ...]:
 
 
 def model_row(
-    label: str, role: str, series: int, images: pd.DataFrame, columns: Sequence[Column]
+    label: str,
+    role: str,
+    series: int,
+    images: pd.DataFrame,
+    columns: Sequence[Column],
+    find: Callable[[str], Path],
 ) -> GridRow:
-    """One model's images of the columns' prompts."""
+    """One model's images of the columns' prompts; `find` gives a file, or a `UserError`."""
     files = images.set_index(["concept", "kind", "index"])["file"]
     cells = [
-        Cell(
-            data_uri(Path(files[c.concept, c.kind, c.index])),
-            f"{label}: {c.prompt} (seed {c.seed})",
-        )
+        cell(find, files[c.concept, c.kind, c.index], f"{label}: {c.prompt} (seed {c.seed})")
         for c in columns
     ]
     return GridRow(label, role, series, tuple(cells))
+
+
+def cell(find: Callable[[str], Path], name: str, alt: str) -> Cell:
+    try:
+        return Cell(data_uri(find(name)), alt)
+    except UserError:
+        return Cell("", f"{alt}: the image is gone, or has changed since it was scored")
 
 
 def real_row(files: Sequence[Path], captions: Sequence[str], count: int) -> GridRow:
@@ -101,6 +112,7 @@ def real_row(files: Sequence[Path], captions: Sequence[str], count: int) -> Grid
     step = max(1, len(files) // max(1, count))
     chosen = list(range(0, len(files), step))[:count]
     cells = [Cell(data_uri(files[i]), f"training image: {captions[i]}") for i in chosen]
+    cells += [Cell("", "the training image is gone")] * (0 if files else count)
     return GridRow("training images", "real", 0, tuple(cells))
 
 

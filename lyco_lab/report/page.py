@@ -4,26 +4,28 @@ One HTML file that holds everything it shows: images as data URIs, charts as inl
 the page, no script, no request to anywhere (its own Content-Security-Policy forbids them).
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import jinja2
 import pandas as pd
 from markupsafe import Markup
 
-from lyco_lab.analyse.gamma_pair import Verdict, exact
-from lyco_lab.analyse.table import BASE, over, quoted, record_of, study_folder
+from lyco_lab.analyse.gamma_pair import Verdict, read_losses
+from lyco_lab.analyse.table import image_scores, over, quoted, record_of, study_folder
 from lyco_lab.config import Run, Study
 from lyco_lab.data.stage import dataset
+from lyco_lab.errors import UserError
 from lyco_lab.evaluate.stage import FOREIGN, foreign
+from lyco_lab.evaluate.stage import STAGE as EVALUATED
 from lyco_lab.files import atomic
-from lyco_lab.fold import whose
+from lyco_lab.fold import TRAIN, whose
 from lyco_lab.generate import STAGE as GENERATED
-from lyco_lab.generate import base_folder, read_table
-from lyco_lab.record import identity
+from lyco_lab.integrity import BASE, METRICS
+from lyco_lab.record import Record, identity
 from lyco_lab.report import figures, grids
 from lyco_lab.report.findings import caveat, findings
 from lyco_lab.report.table import NAMES, form_of, table_rows
@@ -62,6 +64,7 @@ def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Ve
         findings=findings(results, list(verdicts)),
         caveat=caveat(len({run.seed for run in study.runs}), several=any(means.values())),
         foreign=FOREIGN if any(map(foreign, study.runs)) else "",
+        gone=gone(study, root),
         shared=list(filter(None, (whose(run, root) for run in study.runs))),
         heads=[(m, kind, forms[column].unit) for column, (m, kind) in quoted().items()],
         tables=[
@@ -105,20 +108,46 @@ def by_concept(study: Study) -> dict[str, list[Run]]:
 
 
 def grid(members: list[Run], root: Path, numbers: dict[str, int]) -> grids.Grid:
-    """The images of all runs of one concept."""
+    """The images of all runs of one concept, by the tables of their scores."""
     records = [record_of(run, root) for run in members]
-    tables = [read_table(record.path / GENERATED) for record in records]
+    tables = [image_scores(record) for record in records]
     columns = grids.choose_columns(tables)
-    images = dataset(members[0], records[0])
-    before = read_table(base_folder(members[0], records[0]))
+    facts, base = records[0].facts(EVALUATED), base_of(records[0])
+
+    def before(name: str) -> Path:
+        return base.output(GENERATED, str(PurePosixPath(name).relative_to(GENERATED)))
+
     rows = [
-        grids.real_row([item.file for item in images.items], images.captions, len(columns)),
-        grids.model_row(NAMES[BASE], BASE, 0, before, columns),
+        grids.real_row(*training_images(members[0], records[0]), len(columns)),
+        grids.model_row(NAMES[BASE], BASE, 0, tables[0], columns, before),
     ]
-    for run, made in zip(members, tables, strict=True):
-        label = short_name(run)
-        rows.append(grids.model_row(label, "run", numbers[label], made, columns))
-    return grids.Grid(members[0].data.title, images.category, columns, tuple(rows))
+    for run, record, made in zip(members, records, tables, strict=True):
+        label, drawn = short_name(run), partial(record.output, GENERATED)
+        rows.append(grids.model_row(label, "run", numbers[label], made, columns, drawn))
+    return grids.Grid(members[0].data.title, facts["category"], columns, tuple(rows))
+
+
+def training_images(run: Run, record: Record) -> tuple[list[Path], list[str]]:
+    """Files and captions; none where the images are gone, as the page does without them."""
+    try:
+        images = dataset(run, record)
+    except UserError:
+        return [], []
+    return [item.file for item in images.items], list(images.captions)
+
+
+def base_of(record: Record) -> Record:
+    """The folder with the base model's images of a run's prompts."""
+    return Record(record.path.parent / BASE / str(record.facts(GENERATED)["base"]))
+
+
+def gone(study: Study, root: Path) -> list[str]:
+    """Files of the study's runs that the page would show and cannot."""
+    records = [record_of(run, root) for run in study.runs]
+    shown = [*((r, s) for r in records for s in (TRAIN, GENERATED) if r.done(s))]
+    shown += [(base_of(r), GENERATED) for r in records if r.done(GENERATED)]
+    faults = (fault for record, stage in dict.fromkeys(shown) for fault in record.faults(stage))
+    return [f"{fault.path.relative_to(root)} {fault.reason}" for fault in faults if not fault.spare]
 
 
 def scatters(results: pd.DataFrame, numbers: dict[str, int]) -> list[Chart]:
@@ -152,7 +181,11 @@ def losses(study: Study, root: Path, numbers: dict[str, int]) -> list[Chart]:
     for concept, members in by_concept(study).items():
         lines = []
         for run in members:
-            steps, values = read_curve(root / run.folder_name / "train" / "metrics.csv")
+            try:
+                found = read_losses(record_of(run, root).output(TRAIN, METRICS))
+            except UserError:
+                continue  # said above the findings
+            steps, values = list(found), list(found.values())
             label = short_name(run)
             lines.append(figures.smoothed(steps, values, label, numbers[label]))
         panels[concept] = lines
@@ -162,12 +195,6 @@ def losses(study: Study, root: Path, numbers: dict[str, int]) -> list[Chart]:
         Chart(concept, Markup(figures.curves(lines, axes, f"{concept}: {said}")))
         for concept, lines in panels.items()
     ]
-
-
-def read_curve(path: Path) -> tuple[list[int], list[float]]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [int(row["step"]) for row in rows], [exact(row["loss"]) for row in rows]
 
 
 def gamma_section(study: Study, verdict: Verdict, numbers: dict[str, int]) -> GammaSection:

@@ -55,7 +55,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def train(run: Run, record: Record) -> None:
     """Train what is left of the run's steps and write its adapter."""
-    if record.done(STAGE):
+    if not record.pending(STAGE):
         return
     try:
         _train(run, record, strict=True)
@@ -149,8 +149,8 @@ def _train(run: Run, record: Record, strict: bool) -> None:
         tracker.file(record.path / ADAPTER, f"adapter-{run.hash}", "model")
         facts |= exactness.facts(facts["device"]) | {"steps": done}
         tracker.summary(facts | {"train/seconds": saving.total_seconds()})
-    record.finish(STAGE, train_seconds=saving.total_seconds(), **facts)
     checkpoints.keep(1)  # for a run with more steps
+    record.finish(STAGE, train_seconds=saving.total_seconds(), **facts)
 
 
 def check_export(module: Training, trained: bytes, plugs: Plugged, done: int) -> None:
