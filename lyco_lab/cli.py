@@ -103,6 +103,41 @@ def report(
 
 
 @app.command()
+def check(
+    runs: Annotated[
+        list[str] | None, typer.Argument(help="Runs, by name or folder. [all of them]")
+    ] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="Note the outputs of runs that an earlier version made.")
+    ] = False,
+    out: Folder = Path("runs"),
+) -> None:
+    """List what is damaged or missing of finished runs; to mend it, run their study again.
+
+    Exits 1 if anything is.
+    """
+    with exit_codes(kept=False):
+        from lyco_lab.data.caches import damaged
+        from lyco_lab.data.stage import CACHE
+        from lyco_lab.integrity import damage, records
+
+        if adopt:
+            from lyco_lab.adopt import adopt as note
+
+            for line in note(out, runs or []):
+                typer.echo(line)
+        found = list(damage(out, runs or []))
+        if not runs:
+            found += [f"{file} is damaged; it is made anew" for file in damaged(out / CACHE)]
+        for line in found:
+            typer.echo(line)
+        seen = len(records(out, runs or []))
+        typer.echo(f"{seen} folders looked at, {len(found) or 'no'} faults")
+        if found:
+            raise typer.Exit(1)
+
+
+@app.command()
 def world(
     out: Annotated[Path, typer.Argument(help="A folder, new or written by this command before.")],
     count: Annotated[int, typer.Option(min=1, help="Pictures of the pretraining world.")] = 1000,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.files import locked
-from lyco_lab.readers import Damaged, read_json
+from lyco_lab.readers import read_json
 from lyco_lab.record import CONFIG, STAGES, Record, read_config
 
 BASE = "base"  # beside the folders of runs: images of models without an adapter
@@ -36,7 +36,7 @@ def mend(record: Record) -> list[str]:
 def _mend_stage(record: Record, stage: str) -> Iterator[str]:
     if not record.done(stage):
         file = record.mark_file(stage)
-        if _is_of_an_earlier_version(file):
+        if is_of_an_earlier_version(file):
             record.mark(stage)  # raises an error that says what to do
         file.unlink()
         yield f"{file} is damaged: the stage {stage} is checked and finished again"
@@ -44,6 +44,9 @@ def _mend_stage(record: Record, stage: str) -> Iterator[str]:
     faults = record.faults(stage)
     spare = [fault for fault in faults if fault.spare]
     needed = [fault for fault in faults if not fault.spare]
+    for fault in faults:
+        if fault.path.is_dir() and not fault.path.is_symlink():
+            raise UserError(f"{fault.path} was a file and is a folder: move it away and run again")
     for fault in faults:
         fault.path.unlink(missing_ok=True)
     if spare:
@@ -61,14 +64,12 @@ def _mend_stage(record: Record, stage: str) -> Iterator[str]:
 def damage(root: Path, names: list[str]) -> Iterator[str]:
     """A line for each file below `root` that is damaged or missing, of these runs or of all."""
     for record in records(root, names):
-        if (record.path / CONFIG).exists() or record.path.parent != root / BASE:
-            config = read_config(record.path)
-            if config is None:
-                yield f"{record.path / CONFIG} is missing or damaged"
+        if record.path.parent != root / BASE and read_config(record.path) is None:
+            yield f"{record.path / CONFIG} is missing or damaged"
         for stage in record.marked():
             try:
                 record.mark(stage)
-            except Damaged as error:
+            except UserError as error:
                 yield str(error)
             else:
                 yield from map(str, record.faults(stage))
@@ -88,7 +89,7 @@ def records(root: Path, names: list[str]) -> list[Record]:
         wanted = Path(name).name
         fits = [p for p in runs if p.match(wanted) or p.name.rpartition("-")[0] == wanted]
         if not fits:
-            known = [p.name for p in runs]
+            known = [name for p in runs for name in (p.name.rpartition("-")[0], p.name)]
             raise UserError(f"{name!r} is no run in {root}{nearest(wanted, known)}")
         found |= dict.fromkeys(fits)
     for path in list(found):
@@ -104,21 +105,7 @@ def shared_with(record: Record) -> list[Record]:
     return [Record(record.path.parent / folder) for folder in folders]
 
 
-def adopt(record: Record) -> list[str]:
-    """Note the outputs of stages that an earlier version finished, as they are now.
-
-    Returns the stages that were adopted. What was damaged before cannot be told any more.
-    """
-    adopted = []
-    for stage in record.marked():
-        file = record.mark_file(stage)
-        if not record.done(stage) and _is_of_an_earlier_version(file):
-            record.finish(stage, **read_json(file))
-            adopted.append(stage)
-    return adopted
-
-
-def _is_of_an_earlier_version(file: Path) -> bool:
+def is_of_an_earlier_version(file: Path) -> bool:
     try:
         return "checksum" not in read_json(file)
     except UserError:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from lyco_lab.data.scan import UNSETTLED, Stamp
 from lyco_lab.errors import UserError
 from lyco_lab.files import atomic, seal
-from lyco_lab.readers import read_arrow
+from lyco_lab.readers import TABLE_BYTES, read_arrow, read_sealed
 
 VERSION = b"3"  # of what is learned; another one is read anew
 SCHEMA = pa.schema(
@@ -132,6 +132,15 @@ class Memo:
                 writer.write_table(table, max_chunksize=2**16)
             seal(temporary)
         self._load()
+
+
+def is_whole(file: Path) -> bool:
+    """Whether the file is a memo as it was written, of whichever version."""
+    try:
+        read_sealed(file, TABLE_BYTES)
+    except UserError:
+        return False
+    return True
 
 
 def _view(column: Any) -> memoryview:

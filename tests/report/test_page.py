@@ -102,7 +102,7 @@ def test_grids_show_the_very_files_that_were_scored(analysed):
     study, root, *_ = analysed
     table = read_table(root / study.run("lora-kael").folder_name / "generate")
     columns = grids.choose_columns([table])
-    row = grids.model_row("lora", "run", 0, table, columns)
+    row = grids.model_row("lora", "run", 0, table, columns, Path)
     for column, cell in zip(columns, row.cells, strict=True):
         files = table[(table["kind"] == column.kind) & (table["index"] == column.index)]["file"]
         assert cell.uri == grids.data_uri(Path(files.iloc[0]))
