@@ -82,6 +82,9 @@ def check(index: Index, memo: Memo) -> tuple[Index, list[bytes], NDArray[np.int6
         except OSError as error:
             known[file] = Known(problem=f"gone: {os.strerror(error.errno or 0).lower()}")
             continue
+        if not Path(file).is_file():  # a pipe would be waited for without end
+            known[file] = Known(problem="no regular file: a folder, a pipe or a device")
+            continue
         found = known[file] = memo.find(file, now) or Known()
         if not (found.digest or found.problem):
             todo.append(_Look(file, now, found))
@@ -94,6 +97,8 @@ def check(index: Index, memo: Memo) -> tuple[Index, list[bytes], NDArray[np.int6
         problems = [known[file].problem for file in both if known[file].problem]
         if problems:
             reasons[i] = problems[0] if known[both[0]].problem else f"mask {problems[0]}"
+        elif len(both) == 2 and (why := _other_size(index, i, known[both[1]])):
+            reasons[i] = why
         elif len(both) == 1:
             digests.append(known[both[0]].digest)
         else:
@@ -101,6 +106,17 @@ def check(index: Index, memo: Memo) -> tuple[Index, list[bytes], NDArray[np.int6
             digests.append(hashlib.blake2b(joined, digest_size=DIGEST_BYTES).digest())
     kept = np.setdiff1d(np.arange(len(files)), np.fromiter(reasons, np.int64, len(reasons)))
     return (index.drop(reasons) if reasons else index), digests, kept
+
+
+def _other_size(index: Index, i: int, mask: Known) -> str:
+    """Why a mask does not lie over its image; "" if it does."""
+    size, needed = (mask.width, mask.height), (int(index.width_N[i]), int(index.height_N[i]))
+    if size == needed:
+        return ""
+    return (
+        f"mask of another size: {index.text('mask', i)} is {size[0]} x {size[1]} pixels, needs "
+        f"{needed[0]} x {needed[1]}"
+    )
 
 
 def _decoded(todo: list[_Look], memo: Memo) -> Iterator[_Look]:

@@ -133,7 +133,9 @@ def open_image(file: Path) -> Iterator[Image.Image]:
         with Image.open(file) as opened:
             yield opened
     except FileNotFoundError:
-        raise UserError(f"the image {file} does not exist") from None
+        raise UserError(
+            f"the image {file} does not exist: put it back and run the command again"
+        ) from None
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
         raise UserError(f"cannot read the image {file}: {error}; replace or remove it") from error
 

@@ -139,6 +139,8 @@ class Index:
 
         A class is what the lists call a concept; else the folder of an image.
         """
+        if not len(self):
+            return self
         names = np.array(
             [
                 f"{source} {concept or PurePosixPath(file).parent}"
@@ -186,7 +188,22 @@ class Index:
             kinds = Counter(why.partition(":")[0] for _, why in self.other)
             said = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
             lines.append(f"  not images: {said}")
-        return [*lines, *(f"  {one_line(line)}" for line in (*self.stand_ins(), *self.remarks))]
+        return [
+            *lines,
+            *(
+                f"  {one_line(line)}"
+                for line in (*self.stand_ins(), *self._masked(), *self.remarks)
+            ),
+        ]
+
+    def _masked(self) -> list[str]:
+        """How many images have a mask, where masks are files: some may be named otherwise."""
+        asks = np.array([source.masks == "files" for source in self.sources], bool)[self.source_N]
+        if not asks.any():
+            return []
+        found = sum(map(bool, self.texts["mask"].to_pylist()))
+        where = f"NAME{MASK_SUFFIX} or {MASK_FOLDER}/NAME.png"
+        return [f"{found} of {asks.sum()} images have a mask ({where})"]
 
     def stand_ins(self) -> list[str]:
         """How many images have a folder's words or class_tokens as caption, where any has."""
@@ -345,15 +362,20 @@ class _Reader:
     def _is_mask(self, name: str) -> bool:
         return self.source.masks == "files" and name.lower().endswith(MASK_SUFFIX)
 
-    def _masks(self, folder: Folder) -> dict[str, str]:
-        """The masks in the folder of them, by stem."""
+    def _masks(self, folder: Folder) -> dict[str, list[str]]:
+        """The masks beside a folder's images and in the folder of masks, by stem."""
         try:
-            found = os.listdir(self.source.folder / folder.path / MASK_FOLDER)
+            inside = sorted(os.listdir(self.source.folder / folder.path / MASK_FOLDER))
         except OSError:
-            return {}
-        return {
-            stem: n for n in sorted(found) for stem, suffix in [names.parts(n)] if suffix == ".png"
-        }
+            inside = []
+        found: dict[str, list[str]] = {}
+        for name in filter(self._is_mask, folder.files):
+            found.setdefault(names.composed(name[: -len(MASK_SUFFIX)]), []).append(name)
+        for name in inside:
+            stem, suffix = names.parts(name)
+            if suffix == ".png":
+                found.setdefault(stem, []).append(f"{MASK_FOLDER}/{name}")
+        return found
 
     def _file(self, name: str, folder: Folder, images: set[str]) -> None:
         """A file that is no image of a format that is read. `images`: their stems and names."""
@@ -523,12 +545,10 @@ class _Reader:
 
     def _mask(self, stem: str, place: "_Place") -> str:
         """The path of an image's mask; "" where all of it counts."""
-        folder = place.folder
-        beside = place.by_name.get(f"{stem}{MASK_SUFFIX}", ())
-        found = [*beside, *(f"{MASK_FOLDER}/{n}" for n in [place.masks.get(stem)] if n)]
+        found = place.masks.get(stem, [])
         if len(found) > 1:
             raise Unusable(f"two masks: {' and '.join(found)}")
-        return folder.name(found[0]) if found else ""
+        return place.folder.name(found[0]) if found else ""
 
 
 @dataclass(frozen=True)
@@ -537,7 +557,7 @@ class _Place:
 
     folder: Folder
     by_name: dict[str, list[str]]  # its files, by `names.same`
-    masks: dict[str, str]  # in its folder of masks, by stem
+    masks: dict[str, list[str]]  # by stem
     above: Above  # the list that names them
     concept: str
     repeats: int

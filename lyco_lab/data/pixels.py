@@ -47,7 +47,8 @@ def read(
     if image.size != expected:
         raise UserError(
             f"{file} is {image.width} x {image.height} pixels, and was {expected[0]} x "
-            f"{expected[1]} when the folder was read: it changed since; run the command again"
+            f"{expected[1]} when the folder was read: it changed since; put it back and run the "
+            "command again"
         )
     how = fit(*expected, size)
     if at is not None:

@@ -59,11 +59,10 @@ def prepare(run: Run, record: Record) -> None:
 
 
 def say(run: Run, samples: Samples) -> None:
-    """What was found, and what a step is."""
+    """What was found, and what a step is; each line with the run's name, as several may speak."""
     index = samples.index
-    for line in own.report(index, samples.sizes_E2[: len(index)]):
-        print(line)
-    print(
+    lines = own.report(index, samples.sizes_E2[: len(index)])
+    lines.append(
         arithmetic(
             int((~index.prior_N).sum()),
             int(index.repeats_N[~index.prior_N].sum()),
@@ -74,10 +73,11 @@ def say(run: Run, samples: Samples) -> None:
         )
     )
     if any(source.captions.drawn for source in index.sources):
-        print(
+        lines.append(
             "tags are drawn anew in each step, so text states are not kept: the text encoder reads "
             "the captions in each step"
         )
+    print("".join(f"{run.name}: {line}\n" for line in lines), end="", flush=True)
 
 
 def check_model(run: Run, record: Record) -> None:

@@ -240,6 +240,12 @@ def test_masks_are_found_and_are_no_images(tmp_path):
     index = found(tmp_path, masks="files")
     assert used(index) == ["0.png", "1.png", "2.png"]
     assert index.texts["mask"].to_pylist() == ["0.mask.png", "mask/1.png", ""]
+    assert any("2 of 3 images have a mask" in line for line in index.report())
+    os.rename(tmp_path / "0.mask.png", tmp_path / "0.Mask.PNG")
+    os.rename(tmp_path / "mask" / "1.png", tmp_path / "mask" / "1.PNG")
+    index = found(tmp_path, masks="files")
+    assert index.texts["mask"].to_pylist() == ["0.Mask.PNG", "mask/1.PNG", ""]
+    os.rename(tmp_path / "0.Mask.PNG", tmp_path / "0.mask.png")
     pictures.image(tmp_path / "mask" / "0.png", mode="L")
     assert (
         "two masks: 0.mask.png and mask/0.png" in reasons(found(tmp_path, masks="files"))["0.png"]

@@ -39,15 +39,16 @@ def test_bad_files_end_the_run_unless_they_may_be_dropped(tmp_path):
         assert [row["status"] for row in csv.DictReader(file)] == ["used", "used", "dropped"]
 
 
+@pytest.mark.parametrize("balance", ["repeats", "classes"])
 @pytest.mark.parametrize("what", ["nothing", "notes", "bad"])
-def test_a_folder_without_images(tmp_path, what):
+def test_a_folder_without_images(tmp_path, what, balance):
     (tmp_path / "in").mkdir()
     if what == "notes":
         (tmp_path / "in" / "notes.md").write_text("x")
     if what == "bad":
         (tmp_path / "in" / "a.png").write_bytes(b"")
     with pytest.raises(UserError, match="no images in .*in: it needs .png"):
-        samples(tmp_path, bad_files="drop")
+        samples(tmp_path, bad_files="drop", balance=balance)
 
 
 def test_images_too_small_are_not_enlarged_unless_asked(tmp_path):
@@ -212,6 +213,8 @@ def test_the_stage_says_what_it_found(tmp_path, capsys):
         "tags are drawn anew in each step",
     ):
         assert words in said
+    lines = [line for line in said.splitlines() if not line.startswith("images checked")]
+    assert all(line.startswith("r: ") for line in lines)
     assert (record.path / "images.csv").is_file()
     assert record.facts("data")["dropped_images"] == 1
     seen = stage.look(run)

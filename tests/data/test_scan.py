@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lyco_lab.data.check import check
 from lyco_lab.data.index import build
 from lyco_lab.data.memo import Memo
 from lyco_lab.data.scan import pseudo, walk
@@ -89,3 +90,14 @@ def test_names_that_no_screen_or_table_can_show(tmp_path):
     assert all(line.isprintable() for line in index.report())
     index.write(tmp_path / "images.csv")
     assert "\\udcff.png" in (tmp_path / "images.csv").read_text()
+
+
+def test_a_mask_that_is_no_file_is_not_waited_for(tmp_path):
+    root = pictures.folder(tmp_path / "in")
+    (root / "mask" / "0.png").mkdir(parents=True)
+    os.mkfifo(root / "mask" / "1.png")
+    (root / "mask" / "2.png").symlink_to("/dev/zero")
+    index, _, _ = check(build([Source(root, masks="files")], Memo()), Memo())
+    assert len(index) == 0
+    why = "mask no regular file: a folder, a pipe or a device"
+    assert [lost.reason for lost in index.dropped].count(why) == 3

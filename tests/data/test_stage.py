@@ -43,14 +43,39 @@ def test_a_bad_image_stops_the_stage(tmp_path, tiny_concept):
     assert not record.done("data")
 
 
-def test_images_that_change_later_are_refused(tmp_path, tiny_concept):
+def change_captions(folder):
+    for path in [*folder.glob("*.txt"), folder / "manifest.jsonl"]:
+        path.write_text(path.read_text().replace("red", "orange"))
+
+
+def lose_an_image(folder):
+    """With all that speaks of it."""
+    (folder / "0003.png").unlink()
+    (folder / "0003.txt").unlink()
+    lines = (folder / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (folder / "manifest.jsonl").write_text("".join(x for x in lines if "0003.png" not in x))
+
+
+@pytest.mark.parametrize("change", [change_captions, lose_an_image])
+@pytest.mark.parametrize("advice", ["put them back", "delete"])
+def test_images_that_change_later_are_refused_and_the_advice_helps(
+    tmp_path, tiny_concept, change, advice
+):
     folder = shutil.copytree(tiny_concept, tmp_path / "changing")
     run, record = opened(tmp_path, folder=str(folder))
     prepare(run, record)
-    for path in [*folder.glob("*.txt"), folder / "manifest.jsonl"]:
-        path.write_text(path.read_text().replace("red", "orange"))
-    with pytest.raises(UserError, match="images or captions in .* changed since this run began"):
+    change(folder)
+    said = "images or captions in .* changed since this run began: put them back, or delete "
+    with pytest.raises(UserError, match=said + str(record.path)):
         dataset(run, record)
+    if advice == "put them back":
+        shutil.copytree(tiny_concept, folder, dirs_exist_ok=True)
+    else:
+        shutil.rmtree(record.path)
+        record = Record.open(tmp_path / "runs", run)
+        prepare(run, record)
+    kept = advice == "put them back" or change is change_captions
+    assert len(dataset(run, record).items) == (6 if kept else 5)
 
 
 def test_an_unknown_concept_names_the_nearest(tmp_path):
