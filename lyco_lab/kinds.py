@@ -12,7 +12,8 @@ import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar
+from types import UnionType
+from typing import Any, Generic, TypeVar, get_args, get_origin
 
 from lyco_lab.errors import UserError, nearest
 
@@ -52,9 +53,12 @@ class Family(Generic[Thing]):
         cls = self.class_of(section, where)
         values = {key: value for key, value in section.items() if key != "kind"}
         self.check_fields(cls, values, where)
+        types = {field.name: field.type for field in fields(cls)}  # type: ignore[arg-type]
         for key, value in values.items():
             if isinstance(value, Mapping) and self.holds(cls, key):
                 values[key] = self.build(value, f"{where}.{key}")
+            else:
+                check_type(f"{where}.{key}", value, types[key])
         try:
             return cls(**values)
         except ValueError as error:
@@ -93,6 +97,44 @@ class Family(Generic[Thing]):
             field.name == name and field.type is self.base
             for field in fields(cls)  # type: ignore[arg-type]
         )
+
+
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+
+
+def check_type(where: str, value: Any, annotation: Any) -> None:
+    """Raise an error unless `value` is of the type that a field of a dataclass is declared with.
+
+    A whole number is a number too, and a list of numbers stands for a tuple of them.
+    """
+    choices = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if any(_is_of(value, choice) for choice in choices):
+        return
+    needed = " or ".join(
+        "null" if choice is type(None) else WORDS.get(choice, _plain(choice)) for choice in choices
+    )
+    raise UserError(f"{where} is {value!r:.60}, needs {needed}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is tuple:
+        kinds = get_args(kind)
+        return (
+            isinstance(value, tuple | list)
+            and len(value) == len(kinds)
+            and all(map(_is_of, value, kinds))
+        )
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is float and isinstance(value, int):
+        return abs(value) < 2**1000  # or it has no float
+    return isinstance(value, kind)
+
+
+def _plain(kind: Any) -> str:
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers"
+    return f"a section of its own, as {{kind: ...}}, for one {kind.__name__.lower()}"
 
 
 def _concrete(parent: type, package: str) -> Iterator[type]:

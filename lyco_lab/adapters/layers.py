@@ -5,8 +5,8 @@ is exchanged for a subclass whose forward goes through plan.py, and back when th
 comes off.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -355,22 +355,27 @@ def original(layer: nn.Module) -> Original:
 
 @torch.no_grad()
 def merge(layer: nn.Module, mount: Mount) -> None:
-    kept = _ORIGINALS.setdefault(layer, original(layer))
+    """Raises `Overflow`, and changes nothing, where the sum has no number in the layer's dtype."""
+    kept = _ORIGINALS.get(layer) or original(layer)
+    _set_merged(layer, replace(kept, merged=[*kept.merged, mount]))
     kept.merged.append(mount)
-    _set_merged(layer, kept)
+    _ORIGINALS[layer] = kept
 
 
 @torch.no_grad()
 def unmerge(layer: nn.Module, mount: Mount) -> None:
+    """Raises `Overflow`, and changes nothing, where what is left has no number in that dtype."""
     kept = _ORIGINALS[layer]
-    kept.merged = [other for other in kept.merged if other is not mount]
+    left = [other for other in kept.merged if other is not mount]
     device = cast(Tensor, layer._parameters[weight_name(layer)]).device
     kept.weight.data = kept.weight.data.to(device)  # the model may have moved meanwhile
     if kept.bias is not None:
         kept.bias.data = kept.bias.data.to(device)
     mount.to(device)
-    if kept.merged:
-        _set_merged(layer, kept)
+    if left:
+        _set_merged(layer, replace(kept, merged=left))
+    kept.merged = left
+    if left:
         return
     del _ORIGINALS[layer]
     layer._parameters[weight_name(layer)] = kept.weight
@@ -388,16 +393,56 @@ def _set_merged(layer: nn.Module, kept: Original) -> None:
         for mount in kept.merged:
             total = total + weight_delta(mount, weight)
     # Another parameter, not another value: a layer that shares the old one is no target.
-    fresh = total.to(weight.dtype) if total is not weight else weight.clone()
-    layer._parameters[weight_name(layer)] = nn.Parameter(fresh, requires_grad=False)
+    fresh = {weight_name(layer): rounded(total, weight.dtype) if total is not weight else
+             weight.clone()}  # fmt: skip
     offsets = [offset for mount in kept.merged if (offset := mount.offset()) is not None]
     if offsets and bias is not None:
         moved = bias.to(plan.factor_dtype(bias.dtype))
         for offset in offsets:
             moved = moved + offset
-        layer._parameters[bias_name(layer)] = nn.Parameter(
-            moved.to(bias.dtype), requires_grad=False
-        )
+        fresh[bias_name(layer)] = rounded(moved, bias.dtype)
+    for name, value in fresh.items():
+        layer._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+
+def restorer(layer: nn.Module) -> Callable[[], None]:
+    """What gives the layer back the parameters that it has now, and what is merged into it."""
+    names = [name for name in (weight_name(layer), bias_name(layer)) if name in layer._parameters]
+    now = {name: layer._parameters[name] for name in names}
+    kept = _ORIGINALS.get(layer)
+    merged = [] if kept is None else list(kept.merged)
+
+    def restore() -> None:
+        layer._parameters.update(now)
+        if kept is None:
+            _ORIGINALS.pop(layer, None)
+        else:
+            kept.merged = merged
+            _ORIGINALS[layer] = kept
+
+    return restore
+
+
+class Overflow(ValueError):
+    """Numbers of which some have no place in a dtype; the message says the largest."""
+
+
+def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """`total` in `dtype`. Raises `Overflow` where that is not finite."""
+    result = total.to(dtype)
+    if not torch.isfinite(result).all():
+        largest, most = float(total.abs().max()), torch.finfo(dtype).max
+        raise Overflow(f"would hold {largest:.4g}, and {dtype} holds at most {most:.4g}")
+    return result
+
+
+@torch.no_grad()
+def check_merge(layer: nn.Module, mount: Mount) -> None:
+    """Raise `Overflow` where `merge_in_place` would make numbers that are not finite."""
+    weight, bias, offset = original(layer).weight, original(layer).bias, mount.offset()
+    rounded(adapted_weight(mount, weight), weight.dtype)
+    if offset is not None and bias is not None:
+        rounded(bias.to(mount.dtype) + offset, bias.dtype)
 
 
 @torch.no_grad()

@@ -456,7 +456,11 @@ class Mounted:
 
         The sum is formed in float32 or better and rounded once, which in a half-precision model
         can lose most of a small delta. With `keep_base` the frozen weights are kept aside, so that
-        `unmerge` brings them back; without, they are overwritten in place, which takes no memory.
+        `unmerge` brings them back; without, they are overwritten in place, which takes the memory
+        of one layer's change at a time.
+
+        Raises `UserError`, and leaves the model as it was, where a layer cannot be merged, or a
+        sum is no finite number in the model's precision.
         """
         self._need("mounted", "merge")
         for name, layer in self.layers.items():
@@ -473,19 +477,26 @@ class Mounted:
                         f"cannot merge: the layer {name!r} also carries {other.adapter}, "
                         "which changes the frozen weight: merge or detach that first"
                     )
+        if keep_base:
+            self._each("merge", layers.merge)
+        else:  # nothing could be undone, so all is tried first
+            self._each("merge", layers.check_merge)
+            for name, layer in self.layers.items():
+                layers.merge_in_place(layer, self._mounts[name])
         for name, layer in self.layers.items():
-            mount = self._mounts[name]
-            (layers.merge if keep_base else layers.merge_in_place)(layer, mount)
-            layers.take_off(layer, mount)
+            layers.take_off(layer, self._mounts[name])
             layers.settle(self.model, name)
         self._state = "merged" if keep_base else "merged in place"
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Undo `merge`: the frozen weights come back bit for bit, the factors on top of them."""
+        """Undo `merge`: the frozen weights come back bit for bit, the factors on top of them.
+
+        Raises `UserError`, and leaves the model as it was, where other adapters are merged into a
+        layer whose sum without this one is no finite number in the model's precision.
+        """
         self._need("merged", "unmerge")
-        for name, layer in self.layers.items():
-            layers.unmerge(layer, self._mounts[name])
+        self._each("unmerge", layers.unmerge)
         self._put_on()
         self._state = "mounted"
 
@@ -500,6 +511,20 @@ class Mounted:
         for hook in self.hooks:
             hook.remove()
         self._state = "detached"
+
+    def _each(self, act: str, do: Callable[[nn.Module, Mount], None]) -> None:
+        """Do something to all layers, or to none of them where it overflows."""
+        restorers = [layers.restorer(layer) for layer in self.layers.values()]
+        for name, layer in self.layers.items():
+            try:
+                do(layer, self._mounts[name])
+            except layers.Overflow as error:
+                for restore in restorers:
+                    restore()
+                raise UserError(
+                    f"cannot {act}: the layer {name!r} {error}; {act} in a model of float32, or "
+                    "at a smaller strength"
+                ) from error
 
     def _put_on(self) -> None:
         for name, layer in self.layers.items():

@@ -9,6 +9,7 @@ Nothing is ever fetched: what is missing is an error that gives the command.
 
 import abc
 import json
+import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from lyco_lab.config import Model
-from lyco_lab.diffusion.tensors import first_line
+from lyco_lab.diffusion.tensors import NEEDS_CODE, first_line, needs_code
 from lyco_lab.errors import UserError
 
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -151,8 +152,12 @@ class Folder(Source):
             return cls.from_pretrained(
                 self.folder, subfolder=part, local_files_only=True, **options
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (
+            OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError,
+        ) as error:  # fmt: skip
             why = first_line(error)
+            if needs_code(error):
+                why = f"its file of weights {NEEDS_CODE}; use the .safetensors file of that model"
             raise UserError(f"cannot load {part} of {self.name}: {why}") from error
 
     def variant(self, part: str) -> str | None:

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from lyco_lab.errors import UserError
 
+NEEDS_CODE = (
+    "needs code to be unpickled, or is no checkpoint, and is not opened: a pickle can do anything"
+)
+
 
 class Tensors(Mapping[str, Tensor]):
     """The tensors of a file by name, read from disk one by one."""
@@ -53,10 +57,7 @@ def pickled(path: Path, name: str) -> Tensors:
         except RuntimeError:  # files older than torch 1.6 cannot be mapped
             found = torch.load(path, **options)
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{name} needs code to be unpickled, or is no checkpoint, and is not opened: a pickle "
-            "can do anything; use the .safetensors file of that model"
-        ) from error
+        raise UserError(f"{name} {NEEDS_CODE}; use the .safetensors file of that model") from error
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise UserError(f"{name} is not a whole checkpoint: {first_line(error)}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
@@ -70,6 +71,13 @@ def pickled(path: Path, name: str) -> Tensors:
 def read(path: Path, name: str) -> Tensors:
     """`name` is what errors call the file."""
     return safe(path, name) if path.suffix == ".safetensors" else pickled(path, name)
+
+
+def needs_code(error: BaseException | None) -> bool:
+    """Whether a file was refused for what is pickled in it, as libraries say it in other words."""
+    while error is not None and not isinstance(error, pickle.UnpicklingError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def first_line(error: Exception) -> str:

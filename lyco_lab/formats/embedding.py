@@ -11,13 +11,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lyco_lab.errors import UserError
 from lyco_lab.files import atomic
+from lyco_lab.readers import Damaged, read_safetensors
 
 ALONE = "emb_params"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"}
 
 
@@ -34,14 +35,16 @@ def save(path: Path, vectors: Mapping[str, Tensor]) -> None:
 
 def load(path: Path) -> dict[str, Tensor]:
     """The vectors by text encoder."""
-    try:
-        tensors = safetensors.torch.load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"there is no embedding file {path}") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    tensors, _ = read_safetensors(Path(path))
     names = {key: name for name, key in KEYS.items()} | {ALONE: "text_encoder"}
     if not tensors or not tensors.keys() <= names.keys():
         known = ", ".join(names)
         raise UserError(f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, needs {known}")
+    for key, vectors in tensors.items():
+        if vectors.dtype not in DTYPES or vectors.dim() != 2 or not torch.isfinite(vectors).all():
+            raise Damaged(
+                path,
+                f"{key} is of {vectors.dtype} and shape {tuple(vectors.shape)}, and finite "
+                "floating-point numbers of shape (vectors, width) are needed",
+            )
     return {names[key]: tensor for key, tensor in tensors.items()}

@@ -8,16 +8,18 @@ has its own alpha; one without has gamma = 1. Where none of our adapters has ten
 shapes, the layer gets the difference of its weight as a whole, which is exactly equal.
 
 One layer that cannot be read does not stop the others. The report says of every key of the file
-what it was used as, or why it was not; if none was, that is an error.
+what it was used as, or why it was not. A part of the model of which the file has keys and none can
+be used is an error, as half an adapter makes images that look like results; `partial=True` allows
+it. `oft_diag`, the rotations of LyCORIS 2.0, is refused: there the tensor holds the finished
+rotation, and in later versions the generator.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +42,7 @@ from lyco_lab.errors import UserError, nearest
 from lyco_lab.formats import kohya
 from lyco_lab.formats.kohya import ALPHA
 from lyco_lab.linalg import kron
+from lyco_lab.readers import read_safetensors
 
 # What a key may begin with, and the part of the model it then speaks of. Text encoders are written
 # with and without `text_model`, as their classes have it, and numbered where a model has several.
@@ -53,7 +56,11 @@ PREFIXES = {
     "lora_te1_": "text_encoder",
     "lora_te2_text_model_": "text_encoder_2",
     "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+    "lora_transformer_": "transformer",
 }
+OTHERS = "keys of no known part"
+HINTS = 3  # unknown layers for which the nearest name is looked up, which takes long in a model
 
 Tensors = dict[str, Tensor]  # suffix -> tensor, of one layer
 
@@ -77,50 +84,94 @@ class Reading:
     note: str
 
 
-def apply(path: Path, models: Mapping[str, nn.Module]) -> tuple[dict[str, Mounted], list[Line]]:
+def apply(
+    path: Path, models: Mapping[str, nn.Module], *, partial: bool = False
+) -> tuple[dict[str, Mounted], list[Line]]:
     """Mount what can be read of a file on the models, and say of every key whether it was used.
 
     A file of our own is read by its metadata, strictly. Nothing is changed if an error is raised.
+
+    Raises `UserError` if no key can be used, and unless `partial`, if a part of the model has keys
+    in the file and none of them can be.
     """
     path = Path(path)
-    if kohya.OURS in kohya.read_metadata(path):
-        mounted = kohya.apply(path, models)
-        keys = safetensors.torch.load_file(path)
-        return mounted, [Line(key, True, "by the file's metadata") for key in keys]
+    tensors, metadata = read_safetensors(path)
+    if kohya.OURS in metadata:
+        mounted = kohya.apply(path, models, partial=partial)
+        return mounted, [_ours(key, mounted) for key in tensors]
+    kohya.check_content(path, tensors, metadata)
+    old = next((key for key in tensors if key.endswith(f".{_FINISHED}")), None)
+    if old is not None:
+        raise UserError(f"{path} holds {old!r}: {_REFUSED}")
     index = {part: _stems(model) for part, model in models.items()}
     chosen: dict[str, dict[str, Reading]] = defaultdict(dict)
-    report = []
-    for layer, tensors in _layers(path).items():
+    report: list[Line] = []
+    hints = _Hints()
+    for layer, given in _layers(tensors).items():
         try:
-            part, name = _find(layer, index)
+            part, name = _find(layer, index, hints)
             if name in chosen[part]:
                 raise UserError(f"the layer {name!r} of the {part} has an adapter in this file")
-            reading = interpret(tensors, models[part].get_submodule(name))
+            reading = interpret(given, models[part].get_submodule(name))
             survey(models[part], reading.adapter, [name])  # makes the checks of `attach`
-        except (ValueError, RuntimeError, IndexError) as error:  # of shapes that do not fit, too
-            report += [Line(f"{layer}.{suffix}", False, str(error)) for suffix in tensors]
+        except (ValueError, RuntimeError, LookupError, TypeError) as error:
+            # Of shapes that do not fit, too.
+            note = " ".join(str(error).split())
+            report += [Line(_key(layer, suffix), False, note) for suffix in given]
             continue
         chosen[part][name] = reading
-        for suffix in tensors:
+        for suffix in given:
             used = suffix in reading.used
             note = reading.note if used else f"it has no meaning beside {reading.note}"
-            report.append(Line(f"{layer}.{suffix}", used, note))
+            report.append(Line(_key(layer, suffix), used, note))
+    _check_parts(path, report, partial)
+    return {part: _mount(models[part], layers) for part, layers in chosen.items() if layers}, report
+
+
+def _ours(key: str, mounted: Mapping[str, Mounted]) -> Line:
+    part = kohya.part_of(key)
+    used = part in mounted
+    return Line(key, used, "by the file's metadata" if used else f"no {part} was given")
+
+
+def _key(layer: str, suffix: str) -> str:
+    return f"{layer}.{suffix}" if suffix else layer
+
+
+def _check_parts(path: Path, report: list[Line], partial: bool) -> None:
+    """Raise an error if nothing was used, or nothing of a part."""
     if not any(line.used for line in report):
         why = f": {report[0].key}: {report[0].note}" if report else ""
         raise UserError(f"{path}: none of its {len(report)} keys can be used{why}")
-    return {part: _mount(models[part], layers) for part, layers in chosen.items() if layers}, report
+    parts: dict[str, list[Line]] = defaultdict(list)
+    for line in report:
+        prefix = _prefix(line.key)
+        parts[f"{PREFIXES[prefix]} keys" if prefix else OTHERS].append(line)
+    for part, lines in parts.items():
+        if not partial and not any(line.used for line in lines):
+            raise UserError(
+                f"{path}: none of its {len(lines)} {part} can be used, of {len(report)} in all: "
+                f"{lines[0].key}: {lines[0].note}; partial=True applies the rest without them"
+            )
+
+
+class _Hints:
+    """The nearest name for the first few that are unknown."""
+
+    def __init__(self) -> None:
+        self.left = HINTS
+
+    def __call__(self, word: str, candidates: Iterable[str]) -> str:
+        self.left -= 1
+        return nearest(word, candidates) if self.left >= 0 else ""
 
 
 def interpret(tensors: Mapping[str, Tensor], module: nn.Module) -> Reading:
     """The adapter and the factors that these tensors mean on a layer."""
-    given = {_ALIASES.get(suffix, suffix): tensor for suffix, tensor in tensors.items()}
-    marker = next((marker for marker in _READERS if marker in given), None)
+    marker = next((marker for marker in _READERS if marker in tensors), None)
     if marker is None:
-        raise UserError(f"nothing is known that has the tensors {', '.join(sorted(given))}")
-    given = {
-        suffix: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        for suffix, tensor in given.items()
-    }
+        raise UserError(f"nothing is known that has the tensors {', '.join(sorted(tensors))}")
+    given = {suffix: _widened(suffix, tensor) for suffix, tensor in tensors.items()}
     magnitude = given.pop(_MAGNITUDE, None)
     adapter = _READERS[marker](given, shape_of(module))
     try:
@@ -129,8 +180,18 @@ def interpret(tensors: Mapping[str, Tensor], module: nn.Module) -> Reading:
         reading = _whole(marker, adapter, given, module, str(error))
     if magnitude is not None and isinstance(reading.adapter, Additive):
         reading = _decomposed(reading, magnitude, shape_of(module))
-    names = {suffix for suffix in tensors if _ALIASES.get(suffix, suffix) in reading.used}
-    return Reading(reading.adapter, reading.factors, frozenset(names), reading.note)
+    return reading
+
+
+def _widened(suffix: str, tensor: Tensor) -> Tensor:
+    """In float32 at least."""
+    if suffix == kohya.CHOICE:
+        return tensor
+    if suffix == ALPHA:
+        return tensor.float()
+    if not tensor.is_floating_point():
+        raise UserError(f"{suffix!r} holds {tensor.dtype}, needs floating-point numbers")
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _decomposed(reading: Reading, magnitude: Tensor, shape: Shape) -> Reading:
@@ -213,9 +274,9 @@ def _mount(model: nn.Module, layers: Mapping[str, Reading]) -> Mounted:
     return kohya.mount(model, counted.most_common(1)[0][0], chosen, state)
 
 
-def _layers(path: Path) -> dict[str, Tensors]:
+def _layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensors]:
     layers: dict[str, Tensors] = defaultdict(dict)
-    for key, tensor in safetensors.torch.load_file(path).items():
+    for key, tensor in tensors.items():
         layer, _, suffix = key.partition(".")
         layers[layer][suffix] = tensor
     return dict(layers)
@@ -229,17 +290,22 @@ def _stems(model: nn.Module) -> dict[str, list[str]]:
     return dict(stems)
 
 
-def _find(layer: str, index: Mapping[str, Mapping[str, list[str]]]) -> tuple[str, str]:
-    fitting = [prefix for prefix in PREFIXES if layer.startswith(prefix)]
-    if not fitting:
+def _prefix(key: str) -> str | None:
+    return max((prefix for prefix in PREFIXES if key.startswith(prefix)), key=len, default=None)
+
+
+def _find(
+    layer: str, index: Mapping[str, Mapping[str, list[str]]], hints: _Hints
+) -> tuple[str, str]:
+    prefix = _prefix(layer)
+    if prefix is None:
         raise UserError(f"keys are read that begin with one of {', '.join(PREFIXES)}")
-    prefix = max(fitting, key=len)
     part, stem = PREFIXES[prefix], layer.removeprefix(prefix)
     if part not in index:
         raise UserError(f"no {part} was given")
     names = index[part].get(stem, [])
     if not names:
-        raise UserError(f"the {part} has no layer {stem!r}{nearest(stem, index[part])}")
+        raise UserError(f"the {part} has no layer {stem!r}{hints(stem, index[part])}")
     if len(names) > 1:
         raise UserError(f"{stem!r} may be any of {', '.join(names)}")
     return part, names[0]
@@ -275,7 +341,8 @@ def _loha(given: Tensors, shape: Shape) -> Adapter:
 
 
 def _lokr(given: Tensors, shape: Shape) -> Adapter:
-    (U, S), (V, _) = _left(given).shape, _right(given).shape[:2]
+    sizes = {key: tensor.to("meta") for key, tensor in given.items()}  # a product may be huge
+    (U, S), (V, _) = _left(sizes).shape, _right(sizes).shape[:2]
     rank = _lokr_rank(given)
     return LoKr(
         rank=LoKr.rank if rank is None else rank,
@@ -291,6 +358,10 @@ def _lokr(given: Tensors, shape: Shape) -> Adapter:
 def _lokr_delta(given: Tensors, weight: Tensor) -> Tensor:
     rank = _lokr_rank(given)
     gamma = 1.0 if rank is None else _scale(given, rank) / rank
+    sizes = {key: tensor.to("meta") for key, tensor in given.items()}
+    entries = _left(sizes).numel() * _right(sizes).numel()
+    if entries != weight.numel():
+        raise UserError(f"its blocks make {entries} entries, the weight has {weight.numel()}")
     right = _right(given)
     if right.dim() == 2:
         right = right.reshape(len(right), -1, *weight.shape[2:])
@@ -331,6 +402,10 @@ def _rotation(given: Tensors, shape: Shape) -> Rotation:
     constraint = float(given.get(ALPHA, 0.0))
     rescaled = "rescale" in given
     return kinds[blocks.dim()](blocks.shape[-1], constraint=constraint, rescaled=rescaled)
+
+
+def _finished(given: Tensors, shape: Shape) -> Adapter:
+    raise UserError(f"it has {_FINISHED!r}: {_REFUSED}")
 
 
 def _rotation_delta(given: Tensors, weight: Tensor) -> Tensor:
@@ -377,7 +452,11 @@ def _norm(given: Tensors, shape: Shape) -> Adapter:
 
 _OFFSET = "diff_b"
 _MAGNITUDE = "dora_scale"
-_ALIASES = {"oft_diag": "oft_blocks"}
+_FINISHED = "oft_diag"
+_REFUSED = (
+    "LyCORIS 2.0 wrote the finished rotation under that name, and this program reads generators "
+    "('oft_blocks'); train it again with LyCORIS 3, or merge it into the model with LyCORIS 2.0"
+)
 
 _READERS: dict[str, Callable[[Tensors, Shape], Adapter]] = {
     "lora_up.weight": _lora,
@@ -388,6 +467,7 @@ _READERS: dict[str, Callable[[Tensors, Shape], Adapter]] = {
     "diff": _full,
     "w_norm": _norm,
     "oft_blocks": _rotation,
+    _FINISHED: _finished,
     "a1.weight": _glora,
     "lambda_layer": _tlora,
 }

@@ -13,7 +13,8 @@ Each adapter's own file says how its factors are called here. Beside them a laye
 
 The metadata hold what other readers look for (`ss_*`) and, so that nothing is guessed on loading,
 `lyco_lab.adapter`, the adapter of each part in full, `lyco_lab.layers`, the adapters of the layers
-that have another one, and `lyco_lab.options`. A scalar that trained beside the factors is
+that have another one, `lyco_lab.options`, and `lyco_lab.digest`, a digest of those three and of all
+tensors by which a damaged file is recognised. A scalar that trained beside the factors is
 multiplied into them. Factors are written in the precision they trained in unless told otherwise,
 and the same factors give the same bytes.
 
@@ -22,6 +23,7 @@ and the same factors give the same bytes.
 
 import dataclasses
 import glob
+import hashlib
 import json
 import struct
 from collections import defaultdict
@@ -29,7 +31,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ from lyco_lab.adapters.options import SCALAR, Options, Override
 from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.files import atomic
+from lyco_lab.kinds import check_type
+from lyco_lab.readers import Damaged, read_safetensors
 
 PREFIXES = {
     "unet": "lora_unet_",
@@ -53,7 +56,10 @@ PREFIXES = {
 FIRST_OF_SEVERAL = "lora_te1_text_model_"  # the text encoder, where it is not the only one
 OURS = "lyco_lab.adapter"  # the metadata key under which a file names its adapters
 LAYERS, OPTIONS = "lyco_lab.layers", "lyco_lab.options"
+DIGEST = "lyco_lab.digest"
 ALPHA = "alpha"
+CHOICE = "on_input"  # no factor, but which side (IA)3 scales
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of a file of ours
 
 # How LyCORIS calls settings that have another name here.
 ARGUMENTS = {
@@ -79,19 +85,24 @@ def save(
     path = Path(path)
     if not parts:
         raise UserError(f"cannot write {path}: no part carries an adapter")
+    if dtype not in (None, *DTYPES):
+        known = ", ".join(map(str, DTYPES))
+        raise UserError(f"cannot write {path}: dtype is {dtype}, needs one of {known}")
     if path.exists() and OURS not in read_metadata(path):
         raise UserError(f"{path} is not a file of lyco_lab: move it away or write elsewhere")
     order = list(PREFIXES)  # whatever order the caller has them in
     parts = dict(sorted(parts.items(), key=lambda item: [*order, item[0]].index(item[0])))
     tensors = _all_tensors(parts, dtype)
-    data = safetensors.torch.save(tensors, {**_standard(parts), **_ours(parts), **metadata})
+    ours = _ours(parts)
+    ours[DIGEST] = _digest(tensors, ours)
+    data = safetensors.torch.save(tensors, {**_standard(parts), **ours, **metadata})
     with atomic(path) as temporary:
         temporary.write_bytes(_in_order(data))
 
 
 def holds(path: Path, parts: Mapping[str, Mounted]) -> bool:
     """Whether a file, read back, has every bit of what `save` would write of these adapters."""
-    found, wanted = safetensors.torch.load_file(path), _all_tensors(parts, None)
+    (found, _), wanted = read_safetensors(path), _all_tensors(parts, None)
     return found.keys() == wanted.keys() and all(
         found[key].dtype == tensor.dtype
         and found[key].shape == tensor.shape
@@ -115,35 +126,85 @@ def _all_tensors(parts: Mapping[str, Mounted], dtype: torch.dtype | None) -> dic
 
 
 def load(path: Path) -> tuple[dict[str, Layers], dict[str, str]]:
-    """The tensors of a file by part and layer, and its metadata."""
-    metadata = read_metadata(path)
+    """The tensors of a file by part and layer, and its metadata.
+
+    Raises `UserError` for a file that cannot be read, a key of no known part, a number that is not
+    finite, and a file of ours whose content is not what was written.
+    """
+    tensors, metadata = read_safetensors(Path(path))
+    check_content(path, tensors, metadata)
     parts: dict[str, Layers] = {}
-    for key, tensor in safetensors.torch.load_file(path).items():
+    for key, tensor in tensors.items():
         layer, _, suffix = key.partition(".")
-        prefixes = [*PREFIXES.items(), ("text_encoder", FIRST_OF_SEVERAL)]
-        part = next((part for part, prefix in prefixes if key.startswith(prefix)), None)
+        part = part_of(key)
         if part is None or not suffix:
-            known = ", ".join(prefix for _, prefix in prefixes)
+            known = ", ".join([*PREFIXES.values(), FIRST_OF_SEVERAL])
             raise UserError(f"{path} holds {key!r}: an adapter's keys begin with one of {known}")
         parts.setdefault(part, {}).setdefault(layer, {})[suffix] = tensor
     return parts, metadata
 
 
-def apply(path: Path, models: Mapping[str, nn.Module]) -> dict[str, Mounted]:
+def part_of(key: str) -> str | None:
+    """The part of the model that a key speaks of; None where no part is called so."""
+    prefixes = [*PREFIXES.items(), ("text_encoder", FIRST_OF_SEVERAL)]
+    return next((part for part, prefix in prefixes if key.startswith(prefix)), None)
+
+
+def check_content(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Raise an error for what no intact adapter file holds.
+
+    An alpha that is not finite is the adapter's business: LyCORIS writes one for full blocks.
+    """
+    if OURS in metadata:
+        for key, tensor in tensors.items():
+            if tensor.dtype not in DTYPES and not key.endswith(f".{CHOICE}"):
+                known = ", ".join(map(str, DTYPES))
+                raise Damaged(path, f"{key} is of {tensor.dtype}, and was one of {known}")
+    if DIGEST in metadata and metadata[DIGEST] != _digest(tensors, metadata):
+        raise Damaged(
+            path,
+            "it does not hold what was written there (its digest differs): restore it or train "
+            f"again; if it was edited on purpose, remove {DIGEST!r} from its metadata",
+        )
+    for key, tensor in tensors.items():
+        if key.endswith(f".{ALPHA}") or not tensor.is_floating_point():
+            continue
+        if not torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all():
+            raise UserError(
+                f"{path}: {key} holds numbers that are not finite, of which no image can be made: "
+                "take the adapter of an earlier step, or train with a smaller learning rate"
+            )
+
+
+def apply(
+    path: Path, models: Mapping[str, nn.Module], *, partial: bool = False
+) -> dict[str, Mounted]:
     """Mount a file written by `save` on the models it was trained on, or on others of their kind.
 
     Everything is checked before a model is touched. A model that the file has nothing for stays
-    as it is; a part of the file without a model is an error.
+    as it is; a part of the file without a model is an error, or with `partial` left out.
     """
     parts, metadata = load(path)
     described = _described(path, metadata)
     states: dict[str, dict[str, Tensor]] = {}
     chosen: dict[str, dict[str, Adapter]] = {}
+    several = "text_encoder_2" in parts
+    if partial and not parts.keys() & models.keys():
+        raise UserError(
+            f"{path} adapts {' and '.join(parts) or 'nothing'}, but models were given for "
+            f"{' and '.join(models) or 'nothing'}: there is nothing to mount"
+        )
     for part, layers in parts.items():
-        if part not in models or part not in described:
-            lacking = "model was given" if part not in models else f"adapter is in its {OURS!r}"
-            raise UserError(f"{path} adapts the {part}, but no {lacking} for it")
-        known = file_layers(part, models[part], several="text_encoder_2" in parts)
+        if part not in models and partial:
+            continue
+        if part not in models:
+            raise UserError(
+                f"{path} adapts the {part}, but no model was given for it; "
+                "partial=True leaves such parts out"
+            )
+        if part not in described:
+            raise UserError(f"{path} adapts the {part}, but no adapter is in its {OURS!r} for it")
+        known = file_layers(part, models[part], several=several)
         states[part], chosen[part] = {}, {}
         for layer, tensors in layers.items():
             if len(known.get(layer, [])) != 1:
@@ -255,13 +316,18 @@ def read(where: str, adapter: Adapter, tensors: Mapping[str, Tensor], module: nn
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise UserError(f"there is no adapter file {path}") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is not a safetensors file: {error}") from error
+    return read_safetensors(Path(path))[1]
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of the tensors, whatever their order, and of what the metadata say of them."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key in (OURS, LAYERS, OPTIONS):
+        digest.update(f"{key}={metadata.get(key)}\n".encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -343,27 +409,66 @@ def _described(path: Path, metadata: Mapping[str, str]) -> dict[str, _Part]:
             f"{path} has no {OURS!r} in its metadata: it was not written by lyco_lab; "
             "formats.foreign reads files of other programs"
         )
-    sections = json.loads(metadata[OURS])
-    layers = json.loads(metadata.get(LAYERS, "{}"))
-    options = json.loads(metadata.get(OPTIONS, "{}"))
+    sections = _object(path, metadata, OURS)
+    layers = _object(path, metadata, LAYERS)
+    options = _object(path, metadata, OPTIONS)
     return {
         part: _Part(
             _build(path, section),
-            {
-                name: adapter
-                for group in layers.get(part, ())
-                for adapter in [_build(path, group["adapter"])]
-                for name in group["layers"]
-            },
-            Options(**options.get(part, {})),
+            _others(path, layers.get(part, [])),
+            _chosen(path, options.get(part, {})),
         )
         for part, section in sections.items()
     }
 
 
-def _build(path: Path, section: Mapping[str, Any]) -> Adapter:
+def _object(path: Path, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """What the metadata hold under a key: an object of JSON, by parts of the model."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, f"its metadata {key!r} are not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise Damaged(path, f"its metadata {key!r} are {found!r:.40}, and an object is needed")
+    return found
+
+
+def _others(path: Path, groups: Any) -> dict[str, Adapter]:
+    """Layer -> its adapter, for the layers that do not have that of their part."""
+    found: dict[str, Adapter] = {}
+    for group in groups if isinstance(groups, list) else [groups]:
+        names = group.get("layers") if isinstance(group, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise Damaged(
+                path,
+                f"its metadata {LAYERS!r} hold {group!r:.60}, and an adapter and a list of the "
+                "names of its layers are needed",
+            )
+        found |= dict.fromkeys(names, _build(path, group.get("adapter")))
+    return found
+
+
+def _chosen(path: Path, section: Any) -> Options:
+    known = {field.name: field.type for field in dataclasses.fields(Options)}
+    if not isinstance(section, dict) or not section.keys() <= known.keys():
+        raise Damaged(
+            path,
+            f"its metadata {OPTIONS!r} hold {section!r:.60}, and a value of each of "
+            f"{', '.join(known)} is needed",
+        )
+    for key, value in section.items():
+        check_type(f"{path}: {OPTIONS}.{key}", value, known[key])
+    try:
+        return Options(**section)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _build(path: Path, section: Any) -> Adapter:
+    if not isinstance(section, dict):
+        raise Damaged(path, f"its metadata hold the adapter {section!r:.60}, no object")
     kind = section.get("kind")
-    if kind not in ADAPTERS:
+    if not isinstance(kind, str) or kind not in ADAPTERS:
         raise UserError(f"{path} holds an unknown adapter {kind!r}{nearest(str(kind), ADAPTERS)}")
     try:
         return build(section)

@@ -10,13 +10,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import path as shipped
 from lyco_lab.miniature.networks import VOCABULARY, Embedder, Gram, Oracle
+from lyco_lab.readers import Damaged, read_safetensors
 
 Images = NDArray[np.uint8]
 Network = TypeVar("Network", bound=nn.Module)
@@ -87,7 +87,11 @@ def load(folder: Path | None = None, device: torch.device | str = "cpu") -> Judg
 
     def network(kind: type[Network], name: str) -> Network:
         net = kind()
-        net.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        path = folder / f"{name}.safetensors"
+        try:
+            net.load_state_dict(read_safetensors(path)[0])
+        except RuntimeError as error:
+            raise Damaged(path, f"it is not the {name} ({str(error).splitlines()[0]})") from error
         return net.float().eval().requires_grad_(False).to(device)
 
     clip = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32)

@@ -9,12 +9,14 @@ from torch import nn
 from lyco_lab.adapters import ADAPTERS
 from lyco_lab.adapters.dora import DoRA
 from lyco_lab.adapters.ia3 import IA3
+from lyco_lab.adapters.layers import BIAS
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach, survey
 from lyco_lab.adapters.native import Native
 from lyco_lab.adapters.oft import OFT
+from lyco_lab.errors import UserError
 
 
 class Net(nn.Module):
@@ -235,6 +237,47 @@ def test_adapters_on_one_layer_merge_and_come_off_in_any_order():
     one.detach()
     other.detach()
     assert torch.equal(net(x), base)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("keep_base", [True, False])
+@pytest.mark.parametrize("adapter", [LoRA(rank=2), Native(bias=True)], ids=["weight", "bias"])
+def test_a_merge_that_overflows_is_an_error_and_changes_nothing(adapter, keep_base, dtype):
+    net, _ = net_and_input()
+    net.to(dtype)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    mounted = attach(net, adapter, NAMES, seed=0)
+    move(mounted)
+    largest = float(torch.finfo(dtype).max)
+    with torch.no_grad():
+        factors = mounted.factors("block.0")
+        if BIAS in factors:
+            factors[BIAS][0] = 1.5 * largest if dtype == torch.float16 else float("inf")
+        else:
+            factors["b_PR"].fill_(largest**0.5), factors["a_RQ"].fill_(largest**0.5)
+    words = f"cannot merge: the layer 'block.0' would hold .*, and {dtype} holds at most"
+    with pytest.raises(UserError, match=words):
+        mounted.merge(keep_base=keep_base)
+    mounted.strength = 0.0  # it is as mounted as it was
+    mounted.detach()
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_what_is_left_of_several_may_overflow_as_well():
+    net, _ = net_and_input()
+    net.half()
+    up, down, more = (attach(net, Native(alpha=a), ["conv"], seed=0) for a in (1.0, 2.0, 4.0))
+    with torch.no_grad():
+        for mounted, value in ((up, 4e4), (down, -2e4), (more, 1e4)):
+            mounted.factors("conv")["diff"].fill_(value)
+    for mounted in (up, down, more):
+        mounted.merge()
+    merged = net.conv.weight
+    with pytest.raises(UserError, match="cannot unmerge: the layer 'conv' would hold 8"):
+        down.unmerge()
+    assert net.conv.weight is merged
+    for mounted in (up, down, more):
+        mounted.unmerge()
 
 
 def test_what_depends_on_the_frozen_weight_keeps_it_from_being_merged():

@@ -1,5 +1,6 @@
 """What `model.path` means: folders with several sets of weights, and the hub's local cache."""
 
+import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -72,6 +73,37 @@ def test_weights_in_pickles_are_read_as_data(copy, tiny_of):
     (copy / UNET).unlink()
     assert off_by(load(copy), tiny_of("sd1")) == 0
     assert fingerprint(copy) != with_both == fingerprint(tiny_of("sd1"))
+
+
+class Malicious:
+    def __init__(self, place):
+        self.place = place
+
+    def __reduce__(self):
+        return Path.touch, (self.place,)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("kind", ["code", "code in an archive", "text", "nothing", "half"])
+def test_what_is_no_checkpoint_is_a_line_and_runs_no_code(copy, tmp_path, part, kind):
+    (file,) = (copy / part).glob("*.safetensors")
+    file.unlink()
+    name = "pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin"
+    weights, trace = copy / part / name, tmp_path / "it ran"
+    if kind == "code":
+        weights.write_bytes(pickle.dumps({"weight": Malicious(trace)}, protocol=2))
+    elif kind == "code in an archive":
+        torch.save({"weight": Malicious(trace)}, weights)
+    else:
+        torch.save({"weight": torch.ones(1000)}, weights)
+        whole = weights.read_bytes()
+        shown = {"text": b"version https://git-lfs", "nothing": b"", "half": whole[:2000]}
+        weights.write_bytes(shown[kind])
+    with pytest.raises(UserError, match=f"cannot load {part} of") as raised:
+        load(copy)
+    assert "\n" not in str(raised.value) and not trace.exists()
+    if kind == "code in an archive":
+        assert "needs code to be unpickled" in str(raised.value)
 
 
 def test_a_tokenizer_beside_a_folder_s_own_is_refused(copy):

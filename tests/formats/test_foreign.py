@@ -20,6 +20,7 @@ from lyco_lab.adapters.mount import attach
 from lyco_lab.adapters.native import Native
 from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.oft import OFT
+from lyco_lab.errors import UserError
 from lyco_lab.formats import foreign, kohya
 
 ONE = "lora_unet_one."
@@ -29,10 +30,10 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
 
 
-def applied(tmp_path, model, tensors, part="unet"):
+def applied(tmp_path, model, tensors, part="unet", **how):
     path = tmp_path / "a.safetensors"
     safetensors.torch.save_file({key: t.contiguous() for key, t in tensors.items()}, path)
-    mounted, report = foreign.apply(path, {part: model})
+    mounted, report = foreign.apply(path, {part: model}, **how)
     assert {line.key for line in report} == tensors.keys()
     return mounted[part], {line.key: line for line in report}
 
@@ -77,7 +78,7 @@ def test_one_bad_layer_stops_no_other(tmp_path):
         "lora_te_text_model_one.lora_up.weight": random(12, 2),
         "first_stage.encoder": torch.ones(1),
     }
-    mounted, report = applied(tmp_path, model, tensors)
+    mounted, report = applied(tmp_path, model, tensors, partial=True)
     assert list(mounted.layers) == ["one"]
     assert {key for key, line in report.items() if line.used} == {
         ONE + "alpha",
@@ -143,6 +144,42 @@ def test_text_encoders_are_spelled_in_several_ways(prefix, wrapped, tmp_path):
     assert list(mounted.layers) == ["text_model.encoder.fc1" if wrapped else "encoder.fc1"]
 
 
+def of_two_parts(unet_layer: str) -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    models = {"unet": one(nn.Linear(8, 12)), "text_encoder": one(nn.Linear(8, 12))}
+    tensors = keyed(lora(2), "lora_te1_one.")
+    for number in range(40):
+        tensors |= keyed(lora(2), f"{unet_layer}_{number}.")
+    return models, tensors
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_input_blocks", "lora_unet2_one"])
+def test_a_part_of_which_no_key_fits_is_an_error_unless_asked_for(prefix, tmp_path, monkeypatch):
+    """As with the names that SDXL's own code gives the layers of its UNet."""
+    looked_up = []
+    monkeypatch.setattr(foreign, "nearest", lambda word, known: looked_up.append(word) or "")
+    models, tensors = of_two_parts(prefix)
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(tensors, path)
+    words = r"none of its 80 (unet keys|keys of no known part) can be used, of 82 in all: .*partial"
+    with pytest.raises(UserError, match=words):
+        foreign.apply(path, models)
+    assert all(type(model["one"]) is nn.Linear for model in models.values())
+    looked_up.clear()
+    mounted, report = foreign.apply(path, models, partial=True)
+    assert list(mounted) == ["text_encoder"] and sum(line.used for line in report) == 2
+    assert len(looked_up) <= foreign.HINTS  # it takes long, and 80 say no more than 3
+
+
+def test_a_part_without_a_model_is_an_error_unless_asked_for(tmp_path):
+    models, tensors = of_two_parts("lora_unet_one")
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file({**tensors, **keyed(lora(2))}, path)
+    with pytest.raises(UserError, match="none of its 2 text_encoder keys .*no text_encoder was"):
+        foreign.apply(path, {"unet": models["unet"]})
+    mounted, _ = foreign.apply(path, {"unet": models["unet"]}, partial=True)
+    assert list(mounted) == ["unet"]
+
+
 def test_names_that_may_mean_two_layers(tmp_path):
     model = nn.ModuleDict(
         {
@@ -152,7 +189,7 @@ def test_names_that_may_mean_two_layers(tmp_path):
         }
     )
     tensors = {**keyed(lora(2), "lora_unet_a_b."), **keyed(lora(2))}
-    mounted, report = applied(tmp_path, model, tensors)
+    mounted, report = applied(tmp_path, model, tensors, partial=True)
     assert list(mounted.layers) == ["one"]
     assert "may be any of a_b, a.b" in report["lora_unet_a_b.lora_up.weight"].note
 
@@ -280,13 +317,24 @@ def test_norm_layers_with_or_without_an_offset(with_offset, tmp_path):
     torch.testing.assert_close(model["one"](x), expected)
 
 
-@pytest.mark.parametrize("suffix", ["oft_blocks", "oft_diag"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_finished_rotations_of_older_lycoris_are_refused(partial, tmp_path):
+    """The same shapes as `oft_blocks`, but R itself, from which no generator need exist."""
+    model = nn.ModuleDict({"one": nn.Linear(8, 12), "two": nn.Linear(8, 12)})
+    tensors = {**keyed(lora(2)), "lora_unet_two.oft_diag": torch.eye(3).expand(4, 3, 3)}
+    with pytest.raises(UserError, match="holds 'lora_unet_two.oft_diag': .* finished rotation"):
+        applied(tmp_path, model, tensors, partial=partial)
+    assert type(model["one"]) is nn.Linear
+    with pytest.raises(UserError, match="finished rotation"):
+        foreign.interpret({"oft_diag": random(4, 3, 3)}, model["one"])
+
+
 @pytest.mark.parametrize(("count", "size"), [(4, 3), (3, 4), (1, 12)])
-def test_rotations_by_blocks_of_any_number(suffix, count, size, tmp_path):
-    """Also fewer blocks than rows in each, as sd-scripts has them; `oft_diag` is an older name."""
+def test_rotations_by_blocks_of_any_number(count, size, tmp_path):
+    """Also fewer blocks than rows in each, as sd-scripts has them."""
     layer = nn.Linear(8, 12)
     blocks = random(count, size, size)
-    tensors = {suffix: blocks, "alpha": torch.tensor(0.0)}
+    tensors = {"oft_blocks": blocks, "alpha": torch.tensor(0.0)}
     model = one(copy.deepcopy(layer))
     mounted, report = applied(tmp_path, model, keyed(tensors, "oft_unet_one."))
     assert all(line.used for line in report.values())

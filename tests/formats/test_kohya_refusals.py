@@ -4,13 +4,15 @@ import copy
 import os
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from torch import nn
 
 from lyco_lab.adapters.lora import LoRA
 from lyco_lab.adapters.mount import attach
-from lyco_lab.formats import kohya
+from lyco_lab.errors import UserError
+from lyco_lab.formats import foreign, kohya
 
 
 def one_layer(tmp_path, **metadata):
@@ -26,6 +28,7 @@ def rewrite(path, change):
     """The same file with its tensors changed."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata()
+    del metadata["lyco_lab.digest"]  # or it is a damaged file, whatever was changed
     tensors = safetensors.torch.load_file(path)
     change(tensors, metadata)
     safetensors.torch.save_file(tensors, path, metadata)
@@ -91,6 +94,25 @@ def test_a_part_without_a_model_is_refused_and_a_model_without_a_part_stays(tmp_
     assert type(other["conv"]) is nn.Conv2d
 
 
+def test_parts_are_left_out_if_that_is_asked_for(tmp_path):
+    models = {part: nn.ModuleDict({"fc": nn.Linear(4, 6)}) for part in ("unet", "text_encoder")}
+    mounted = {p: attach(model, LoRA(rank=2), ["fc"], seed=0) for p, model in models.items()}
+    path = tmp_path / "a.safetensors"
+    kohya.save(path, mounted, {})
+    for each in mounted.values():
+        each.detach()
+    with pytest.raises(UserError, match="adapts the text_encoder, but no .*partial=True leaves"):
+        kohya.apply(path, {"unet": models["unet"]})
+    applied, report = foreign.apply(path, {"unet": models["unet"]}, partial=True)
+    assert applied.keys() == {"unet"}
+    assert {line.key for line in report if not line.used} == {
+        f"lora_te_text_model_fc.{suffix}" for suffix in ("alpha", "lora_up.weight",
+                                                         "lora_down.weight")
+    }  # fmt: skip
+    with pytest.raises(UserError, match="there is nothing to mount"):
+        kohya.apply(path, {"vae": models["unet"]}, partial=True)
+
+
 def test_what_is_no_adapter_file_is_refused_and_kept(tmp_path):
     _, model = one_layer(tmp_path)
     mounted = attach(model, LoRA(rank=2), ["conv"], seed=0)
@@ -104,7 +126,7 @@ def test_what_is_no_adapter_file_is_refused_and_kept(tmp_path):
         with pytest.raises(ValueError, match=path.name):
             kohya.apply(path, {"unet": model})
         assert path.read_bytes() == before
-    with pytest.raises(ValueError, match="there is no adapter file .*missing"):
+    with pytest.raises(ValueError, match="cannot read .*missing.safetensors: no such file"):
         kohya.load(tmp_path / "missing.safetensors")
     with pytest.raises(ValueError, match="no part carries an adapter"):
         kohya.save(tmp_path / "b.safetensors", {}, {})
