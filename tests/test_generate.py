@@ -275,6 +275,7 @@ def test_an_adapter_that_gives_no_picture_is_named_with_its_run(generated, tmp_p
     mounted = mounted_on(diffusion)
     next(iter(mounted.parameters())).data.fill_(3e38)
     kohya.save(record.path / "adapter.safetensors", {"unet": mounted}, {})
+    record.finish("train", trainable_params=1, train_seconds=0.0)
     said = r"lora-0: generate: the latent of the prompt 'sks circle' with seed 40 .* train.lr"
     with pytest.raises(NoPicture, match=said):
         generate(run, record)

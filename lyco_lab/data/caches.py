@@ -26,7 +26,7 @@ def _is_whole(file: Path) -> bool:
             return memo.is_whole(file)
         case ".safetensors":
             return shards.is_whole(file)
-        case ".json":
+        case ".count":
             try:
                 read_sealed(file)
             except UserError:
