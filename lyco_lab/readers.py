@@ -14,7 +14,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lyco_lab.errors import UserError
 from lyco_lab.files import DIGEST_BYTES, SEAL, SEAL_BYTES
@@ -63,10 +63,19 @@ def regular(path: Path, most_bytes: int | None = None) -> Path:
 def read_bytes(path: Path, most_bytes: int = TEXT_BYTES) -> bytes:
     """The file's bytes. What has no size of its own, as in /proc, is cut off by the limit too."""
     with _reading(path), open(regular(path, most_bytes), "rb") as file:
-        content = file.read(most_bytes + 1)
+        content = read_at_most(file, most_bytes + 1)
     if len(content) > most_bytes:
         raise UserError(f"cannot read {path}: it has more than {most_bytes:,} bytes")
     return content
+
+
+def read_at_most(file: IO[bytes], most_bytes: int) -> bytes:
+    """`file.read(most_bytes)`, which would allocate that many bytes however few there are."""
+    pieces = []
+    while most_bytes > 0 and (piece := file.read(min(MIB, most_bytes))):
+        pieces.append(piece)
+        most_bytes -= len(piece)
+    return b"".join(pieces)
 
 
 def read_text(path: Path, most_bytes: int = TEXT_BYTES) -> str:
