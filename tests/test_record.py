@@ -97,6 +97,26 @@ def test_a_locked_folder_is_waited_for(tmp_path):
     assert waiter.wait(timeout=60) == 0 and (tmp_path / "x").exists()
 
 
+def test_a_lock_is_never_another_file(tmp_path):
+    thesis = tmp_path / "thesis.txt"
+    thesis.write_text("years of work")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".lock").symlink_to(thesis)
+    for use in (lambda: locked(folder).__enter__(), lambda: files.sweep(folder)):
+        with pytest.raises(UserError, match=r"\.lock is a link.*delete the link"):
+            use()
+    assert thesis.read_text() == "years of work"
+    (folder / ".lock").unlink()
+    (folder / ".lock").write_text("12 elsewhere")
+    with locked(folder):
+        assert (folder / ".lock").read_text() == "12 elsewhere"
+    os.remove(folder / ".lock")
+    os.mkfifo(folder / ".lock")
+    with pytest.raises(UserError, match="no regular file"), locked(folder):
+        pass
+
+
 def test_a_writer_that_wrote_nothing_is_noticed(tmp_path):
     with pytest.raises(FileNotFoundError), atomic(tmp_path / "x"):
         pass

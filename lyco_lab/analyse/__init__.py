@@ -9,6 +9,7 @@ from lyco_lab.analyse.gamma_pair import Verdict
 from lyco_lab.analyse.table import study_folder, table
 from lyco_lab.config import Study
 from lyco_lab.errors import UserError
+from lyco_lab.files import sweep
 from lyco_lab.fold import TRAIN, shared
 from lyco_lab.integrity import METRICS
 from lyco_lab.record import Record
@@ -18,6 +19,7 @@ GAMMA = "gamma.csv"
 
 def analyse(study: Study, root: Path) -> tuple[pd.DataFrame, list[Verdict]]:
     """Write a study's results.csv and, if it has pairs, gamma.csv; return what is in them."""
+    sweep(study_folder(study, root))
     return table(study, root), verdicts(study, root)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -109,6 +110,31 @@ def test_grids_show_the_very_files_that_were_scored(analysed):
     kinds = ["train", *["trigger"] * 2, *["alter"] * 4, *["style"] * 2]
     assert [column.kind for column in columns] == kinds
     assert len({c.prompt for c in columns if c.kind == "alter"}) == 4
+
+
+def test_a_page_needs_the_tables_alone_and_says_what_is_gone(evaluated, html, tmp_path):
+    study, whole = evaluated
+    root = tmp_path / "runs"
+    shutil.copytree(whole, root)
+    (root / study.name / ".part-killed").mkdir()
+    scores = (root / study.name / "results.csv").read_bytes()
+    gone = [*root.glob("*/generate"), *root.glob("base/*/*/"), *root.glob("*/adapter.safetensors")]
+    for path in gone:
+        if path.name not in ("done", "evaluate"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    name = study.run("lora-neon").folder_name
+    (root / name / "train" / "metrics.csv").write_text("step,loss\n1,0.1\n")
+    before = analyse(study, root)
+    again = page.write(study, root, *before).read_text()
+    assert (root / study.name / "results.csv").read_bytes() == scores
+    assert not list((root / study.name).glob(".part-*"))  # of a kill
+    assert "missing or\n    damaged" in again and "adapter.safetensors is gone" in again
+    elements = Elements(again)
+    assert all(image["alt"].startswith("training image: ") for image in elements.all("img"))
+    cells = [cell for cell in elements.all("td") if cell.get("class") == "gone"]
+    assert len(cells) == len(Elements(html).all("img")) - len(elements.all("img"))
+    assert f"{name}/train/metrics.csv" not in html
+    assert again.count('<path class="line ') == html.count('<path class="line ') - 1
 
 
 def test_columns_are_what_all_models_were_given(analysed):
