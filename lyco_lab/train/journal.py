@@ -94,15 +94,24 @@ def _cells(row: Row) -> list[str]:
 
 
 def _rows_up_to(path: Path, step: int | None) -> list[list[str]]:
-    """The rows of steps 1, 2, … `step`; of a line cut short by a kill, and what follows, none."""
+    """The rows of steps 1, 2, … `step`, up to one that a kill cut short or that is damaged."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         lines = [line for line in file if line.endswith("\n")]
     rows: list[list[str]] = []
-    for row in csv.reader(lines[1:]):
+    for line in lines[1:]:
+        row = line.rstrip("\r\n").split(",")
         whole = len(row) == len(COLUMNS) and row[0] == str(len(rows) + 1)
+        whole = whole and all(map(_is_number_or_empty, row))
         if not whole or (step is not None and len(rows) == step):
             break
         rows.append(row)
     return rows
+
+
+def _is_number_or_empty(cell: str) -> bool:
+    try:
+        return not cell or float(cell) is not None
+    except ValueError:
+        return False

@@ -1,6 +1,7 @@
 """metrics.csv loses no bit, and survives being cut off anywhere."""
 
 import math
+import random
 import struct
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lyco_lab.errors import UserError
-from lyco_lab.train.journal import COLUMNS, Journal, rows_of
+from lyco_lab.train.journal import COLUMNS, Journal, rows, rows_of
 
 shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -60,6 +61,19 @@ def test_rows_count_up_to_the_first_gap(tmp_path):
     path.write_text("".join(lines[:3] + lines[4:]))
     assert rows_of(path) == 2
     assert rows_of(tmp_path / "none.csv") == 0
+
+
+def test_no_changed_byte_is_more_than_a_row_that_ends_the_table(tmp_path):
+    file, rng = tmp_path / "metrics.csv", random.Random(0)
+    write(file, 40)
+    whole = file.read_bytes()
+    for _ in range(300):
+        content = bytearray(whole)
+        content[rng.randrange(len(content))] = rng.randrange(256)
+        file.write_bytes(content)
+        count = rows_of(file)
+        found = rows(file, count)
+        assert [row["step"] for row in found] == list(range(1, count + 1))
 
 
 def test_rows_that_a_checkpoint_counts_on_must_be_there(tmp_path):
