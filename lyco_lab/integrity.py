@@ -63,7 +63,10 @@ def _mend_stage(record: Record, stage: str) -> Iterator[str]:
 
 def damage(root: Path, names: list[str]) -> Iterator[str]:
     """A line for each file below `root` that is damaged or missing, of these runs or of all."""
-    for record in records(root, names):
+    found = records(root, names)
+    lost = dict.fromkeys(file for record in found for file in lost_marks(record))
+    yield from (f"{file} is missing, and later stages have read what it lists" for file in lost)
+    for record in found:
         if record.path.parent != root / BASE and read_config(record.path) is None:
             yield f"{record.path / CONFIG} is missing or damaged"
         for stage in record.marked():
@@ -73,6 +76,17 @@ def damage(root: Path, names: list[str]) -> Iterator[str]:
                 yield str(error)
             else:
                 yield from map(str, record.faults(stage))
+
+
+def lost_marks(record: Record) -> Iterator[Path]:
+    """Marks that are gone, of stages that the marks of later ones name."""
+    for stage in record.marked():
+        mark = record.mark(stage) if record.done(stage) else None
+        for name in (*mark.reads, *mark.beside) if mark else ():
+            folder, _, other = name.rpartition("/")
+            file = (Record(record.path.parent / folder) if folder else record).mark_file(other)
+            if not file.is_file():
+                yield file
 
 
 def records(root: Path, names: list[str]) -> list[Record]:

@@ -107,6 +107,15 @@ def test_every_damaged_output_is_noticed_and_mended_at_its_stage(finished, tmp_p
         assert settled(finished) == list(FILES)
 
 
+@pytest.mark.parametrize("stage", ["data", "train", "generate", BASE_STAGE])
+def test_a_lost_mark_is_noticed_by_those_that_name_it(finished, tmp_path, stage):
+    folder, _, name = stage.rpartition("/")
+    file = tmp_path / (folder or finished.path.name) / "done" / f"{name}.json"
+    file.unlink()
+    (line,) = damage(tmp_path, [])
+    assert line.startswith(f"{file} is missing")
+
+
 def test_a_folder_in_the_place_of_an_output_is_not_deleted(finished):
     file = finished.path / "adapter.safetensors"
     file.unlink()

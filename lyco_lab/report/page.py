@@ -22,7 +22,7 @@ from lyco_lab.errors import UserError
 from lyco_lab.evaluate.stage import FOREIGN, foreign
 from lyco_lab.evaluate.stage import STAGE as EVALUATED
 from lyco_lab.files import atomic
-from lyco_lab.fold import TRAIN, whose
+from lyco_lab.fold import DATA, TRAIN, whose
 from lyco_lab.generate import STAGE as GENERATED
 from lyco_lab.integrity import BASE, METRICS
 from lyco_lab.record import Record, identity
@@ -144,10 +144,16 @@ def base_of(record: Record) -> Record:
 def gone(study: Study, root: Path) -> list[str]:
     """Files of the study's runs that the page would show and cannot."""
     records = [record_of(run, root) for run in study.runs]
-    shown = [*((r, s) for r in records for s in (TRAIN, GENERATED) if r.done(s))]
-    shown += [(base_of(r), GENERATED) for r in records if r.done(GENERATED)]
-    faults = (fault for record, stage in dict.fromkeys(shown) for fault in record.faults(stage))
-    return [f"{fault.path.relative_to(root)} {fault.reason}" for fault in faults if not fault.spare]
+    shown = [(record, stage) for record in records for stage in (DATA, TRAIN, GENERATED)]
+    shown += [(base_of(record), GENERATED) for record in records if record.done(GENERATED)]
+    found = []
+    for record, stage in dict.fromkeys(shown):
+        if not record.done(stage):
+            found.append(f"{record.mark_file(stage).relative_to(root)} is missing or damaged")
+        for fault in record.faults(stage):
+            if not fault.spare:
+                found.append(f"{fault.path.relative_to(root)} {fault.reason}")
+    return found
 
 
 def scatters(results: pd.DataFrame, numbers: dict[str, int]) -> list[Chart]:

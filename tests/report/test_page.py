@@ -257,3 +257,16 @@ def test_it_says_what_judges_know_where_the_images_may_be_others(analysed, html,
         text = page.write(study, root, results, verdicts).read_text()
     assert FOREIGN in " ".join(text.split())
     page.write(study, root, results, verdicts)
+
+
+@pytest.mark.parametrize("lost", ["data.json", "train/metrics.csv"])
+def test_what_is_not_shown_for_damage_is_named(analysed, tmp_path, lost):
+    study, root, *rest = analysed
+    copied = tmp_path / "runs"
+    shutil.copytree(root, copied)
+    folder = copied / study.runs[0].folder_name
+    file = folder / ("done" if lost == "data.json" else "") / lost
+    file.write_bytes(b"")
+    said = page.write(study, copied, *rest).read_text()
+    assert "missing or\n    damaged, and not shown here" in said
+    assert str(file.relative_to(copied)) in said
