@@ -82,8 +82,9 @@ def study_folder(study: Study, root: Path) -> Path:
 def record_of(run: Run, root: Path) -> Record:
     """The folder of a run that has been through its stages."""
     record = Record(root / run.folder_name)
-    if not record.done(STAGE):
+    if not record.mark_file(STAGE).is_file():
         raise UserError(f"run {run.name!r} is not evaluated in {root}: run the study first")
+    record.mark(STAGE)  # an error that names the file if it is damaged
     return record
 
 

@@ -74,6 +74,11 @@ def test_a_run_that_is_not_evaluated_is_named(evaluated, tmp_path):
     study, _ = evaluated
     with pytest.raises(UserError, match=f"{study.runs[0].name}.*not evaluated"):
         table(study, tmp_path)
+    mark = tmp_path / study.runs[0].folder_name / "done" / "evaluate.json"
+    mark.parent.mkdir(parents=True)
+    mark.write_bytes(b"")
+    with pytest.raises(UserError, match="evaluate.json is damaged.*run the study again"):
+        table(study, tmp_path)
 
 
 def test_the_pairs_of_a_study_are_compared_and_written(evaluated):
