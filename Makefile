@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench paper
+.PHONY: help setup demo test test-slow check bench trials paper
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ check: setup ## lint, format, types
 # What begins with _ is shared by the scripts, and none itself.
 bench: setup ## one script per question of speed
 	@set -e; for script in tests/benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+# Hours on two cores, so with the least priority; OPTIONS=--resume goes on after an interruption.
+trials: setup ## damage, interrupt and mutate tiny studies, and see that no number changes (hours)
+	nice -n 19 $(BIN)/python -m tests.trials $(OPTIONS)
 
 paper: setup ## the paper's figures, from the committed tables
 	$(MAKE) -C paper PYTHON=$(CURDIR)/$(BIN)/python

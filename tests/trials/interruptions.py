@@ -1,0 +1,262 @@
+"""A running study is killed, ended or interrupted; the same command then ends it as if nothing was.
+
+The command is a process of its own, in a session of its own. The signal comes a moment after the
+screen has told of a stage, since how long a stage takes depends on the machine's other work.
+"""
+
+import contextlib
+import os
+import random
+import re
+import select
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.trials import study
+from tests.trials.child import TRACEBACK
+from tests.trials.table import OK, Kind, Row
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+LIMIT_S = 600  # of a whole command, on a machine that has other work
+# On a machine without other work (`busy`):
+LEFT_S = 5  # after which no process of the session may be left
+SECOND_S = 2  # after which a second Ctrl-C has ended the command
+STAGES = 13  # of the study that is interrupted
+TOLD = re.compile(rb"\[\d+/\d+\] ")  # what the screen says of each stage
+
+
+@dataclass(frozen=True)
+class Interruption:
+    workers: int
+    whom: str  # parent, group, worker
+    number: signal.Signals
+    stage: int  # it comes after so many stages were told of
+    delay_s: float
+    second_s: float | None  # a second SIGINT comes so long after the first
+
+    def __str__(self) -> str:
+        again = "" if self.second_s is None else f", again after {self.second_s:.2f} s"
+        return f"{self.number.name} at stage {self.stage} + {self.delay_s:.2f} s{again}"
+
+
+@dataclass
+class Watched:
+    """What is known of a command in a session of its own."""
+
+    process: "subprocess.Popen[bytes]"
+    text: bytes = b""
+
+    def until(self, told: int, limit_s: float) -> bool:
+        """Read its screen until it has told of so many stages; False if it ends before."""
+        ends_s = time.monotonic() + limit_s
+        assert self.process.stdout is not None
+        number = self.process.stdout.fileno()
+        while len(TOLD.findall(self.text)) < told:
+            if not select.select([number], [], [], max(0.0, ends_s - time.monotonic()))[0]:
+                return False
+            read = os.read(number, 2**16)
+            if not read:
+                return False
+            self.text += read
+        return True
+
+    def finish(self, limit_s: float) -> int | None:
+        """Its exit status; None if it has to be killed."""
+        try:
+            rest, _ = self.process.communicate(timeout=limit_s)
+            self.text += rest
+        except subprocess.TimeoutExpired:
+            end(self.process.pid)
+            rest, _ = self.process.communicate()
+            self.text += rest
+            return None
+        return self.process.returncode
+
+
+def draw(seed: int, number: int) -> Interruption:
+    """The interruption of this number: each combination of whom and what comes in turn."""
+    cases = [
+        (workers, whom, which)
+        for workers, victims in ((1, ("parent", "group")), (2, ("parent", "group", "worker")))
+        for whom in victims
+        for which in SIGNALS
+    ]
+    random.Random(f"{seed}/interruptions").shuffle(cases)
+    rng = random.Random(f"{seed}/interruptions/{number}")
+    workers, whom, which = cases[number % len(cases)]
+    again = which == signal.SIGINT and whom != "worker" and rng.random() < 0.5
+    stage = rng.randrange(0, STAGES)
+    return Interruption(
+        workers,
+        whom,
+        which,
+        stage,
+        rng.uniform(0, 3) if stage else rng.uniform(1.5, 9),  # imports come first
+        rng.uniform(0.02, 1) if again else None,
+    )
+
+
+def trial(work: Path, seed: int, number: int) -> Row:
+    made = study.finished(work, "short", study.SHORT)
+    planned = draw(seed, number)
+    root = work / f"interruption-{number}"
+    shutil.rmtree(root, ignore_errors=True)
+    began_s = time.monotonic()
+    try:
+        found = _of(planned, made, root)
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    seconds = time.monotonic() - began_s
+    target = f"{planned.whom} with {planned.workers} worker{'s' * (planned.workers > 1)}"
+    return Row("interruptions", number, target, str(planned), *found[:2], seconds, 0, found[2])
+
+
+def _of(planned: Interruption, made: study.Finished, root: Path) -> tuple[str, int | str, str]:
+    """Verdict, exit code of the interrupted command, and the reason of the verdict."""
+    arguments = ["run", str(made.study), "--out", str(root), "--workers", str(planned.workers)]
+    watched = begin(arguments)
+    watched.until(planned.stage, LIMIT_S)
+    time.sleep(planned.delay_s)
+    expected = _expected(planned)
+    if not root.is_dir():
+        expected.add(-planned.number)  # before the first line of the library was read
+    if (root / made.name / "report.html").is_file():
+        expected |= {0, -planned.number}  # too late to disturb anything
+    struck = _strike(planned, watched.process.pid)
+    limit_s: float = LIMIT_S
+    if planned.second_s is not None:
+        time.sleep(planned.second_s)
+        struck = _strike(planned, watched.process.pid) or struck
+        limit_s = SECOND_S * busy()
+    code = watched.finish(limit_s)
+    left = _left(watched.process.pid)
+    text = watched.text.decode(errors="replace")
+    if code is None:
+        return "stuck", "", f"still there {limit_s:.0f} s after the last signal: {_last(text)}"
+    if left:
+        end(watched.process.pid)
+        return "left", code, f"{left} processes are still there: {_last(text)}"
+    if TRACEBACK in text:
+        return "traceback", code, _last(text)
+    # One that had ended already, or had no worker at that moment, was not disturbed.
+    if code not in (expected if struck else {0}):
+        return "exit code", code, f"needs {sorted(expected)}: {_last(text)}"
+    if planned.whom == "worker" and code == 1 and not any(n in _last(text, 12) for n in RUNS):
+        return "unnamed", code, f"does not say which run it was: {_last(text)}"
+    return _to_the_end(arguments, code, made, root)
+
+
+RUNS = ("lora", "longer", "lokr", "twin")
+
+
+def _to_the_end(
+    arguments: list[str], code: int, made: study.Finished, root: Path
+) -> tuple[str, int | str, str]:
+    """The same command until the study is finished, and whether that is the undisturbed one."""
+    retry = ["--retry-failed"] if code == 1 else []
+    again = begin([*arguments, *retry])
+    ended = again.finish(LIMIT_S)
+    text = again.text.decode(errors="replace")
+    if ended != 0:
+        return "unmended", code, f"then exit code {ended}: {_last(text)}"
+    if other := study.differing(study.results(root), _sound(made)):
+        return "silent", code, f"differs: {' '.join(other)}"
+    if parts := [str(path.relative_to(root)) for path in root.rglob(".part-*")]:
+        return "unswept", code, " ".join(parts)
+    return OK, code, ""
+
+
+def _expected(planned: Interruption) -> set[int]:
+    """The exit codes that are right."""
+    if planned.whom != "worker":
+        return {CODES[planned.number]}
+    # A worker that is asked to stop saves its state; to its parent it is a run that did not end.
+    return {1} if planned.number == signal.SIGKILL else {1, CODES[planned.number]}
+
+
+@cache
+def _sound(made: study.Finished) -> dict[str, str]:
+    return study.results(made.root)
+
+
+def begin(arguments: list[str]) -> Watched:
+    process = subprocess.Popen(
+        study.command(*arguments),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=study.environment() | {"PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+    )
+    return Watched(process)
+
+
+def _strike(planned: Interruption, pid: int) -> bool:
+    """Send the signal; False if there is nobody to send it to."""
+    try:
+        if planned.whom == "parent":
+            os.kill(pid, planned.number)
+        elif planned.whom == "group":
+            os.killpg(pid, planned.number)
+        else:
+            at_work = sorted(workers(pid))
+            if not at_work:
+                return False
+            os.kill(at_work[-1], planned.number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def workers(parent: int) -> Iterator[int]:
+    """The processes that a command has begun, but for multiprocessing's own helper."""
+    for pid in session(parent):
+        with contextlib.suppress(OSError):
+            if "spawn_main" in Path(f"/proc/{pid}/cmdline").read_text():
+                yield pid
+
+
+def session(leader: int) -> list[int]:
+    """The living processes of a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                fields = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                if int(fields[3]) == leader and fields[0] not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def _left(leader: int) -> int:
+    """So many processes of the session are left after a while."""
+    ends_s = time.monotonic() + LEFT_S * busy()
+    while session(leader) and time.monotonic() < ends_s:
+        time.sleep(0.1)
+    return len(session(leader))
+
+
+def busy() -> float:
+    """How many times longer everything takes because of the machine's other work."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def end(leader: int) -> None:
+    """Kill what is left of a session."""
+    for pid in session(leader):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _last(text: str, lines: int = 2) -> str:
+    return " | ".join(text.strip().splitlines()[-lines:])[:400]
+
+
+KIND = Kind("interruptions", 60, trial)
