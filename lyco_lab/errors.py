@@ -15,11 +15,18 @@ class Interrupted(RuntimeError):
     """A stage was asked to stop, and has saved what it needs to go on. Exits 130."""
 
 
-def nearest(word: str, candidates: Iterable[str]) -> str:
-    """' (did you mean 'x'?)' for the candidate closest to `word`, '' where none is close."""
+def nearest(word: str, candidates: Iterable[str], least: float = 0.6) -> str:
+    """' (did you mean 'x'?)' for the candidate closest to `word`, '' where none is close.
+
+    A candidate that begins with `word` comes first, and the closest of the others after it.
+    `least`: how alike two words have to be, from 0 to 1.
+    """
     by_lower = {candidate.lower(): candidate for candidate in candidates}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.6)
-    return f" (did you mean {by_lower[close[0]]!r}?)" if close else ""
+    low = word.lower()
+    longer = sorted((c for c in by_lower if len(low) > 2 and c.startswith(low)), key=len)
+    close = difflib.get_close_matches(low, by_lower, n=1, cutoff=least)
+    found = [by_lower[name] for name in dict.fromkeys([*longer[:1], *close])]
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
 
 
 def one_line(text: str) -> str:

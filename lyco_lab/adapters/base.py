@@ -26,12 +26,13 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, NoReturn, final
+from typing import TYPE_CHECKING, Annotated, ClassVar, NoReturn, final
 
 import torch
 from torch import Generator, Tensor
 
 from lyco_lab.errors import UserError
+from lyco_lab.settings import POSITIVE, SIZE
 
 if TYPE_CHECKING:
     from lyco_lab.adapters.plan import Kernel
@@ -307,10 +308,10 @@ class OfRank(Adapter):
     take `conv_rank` and `conv_alpha` where these are given.
     """
 
-    rank: int
-    alpha: float
-    conv_rank: int | None = None  # None: rank
-    conv_alpha: float | None = None  # None: alpha
+    rank: Annotated[int, SIZE]
+    alpha: Annotated[float, POSITIVE]
+    conv_rank: Annotated[int | None, SIZE] = None  # None: rank
+    conv_alpha: Annotated[float | None, POSITIVE] = None  # None: alpha
 
     rank_stabilised = False  # where it is a field: gamma = alpha / sqrt(rank)
 
@@ -376,7 +377,7 @@ class OfAlpha(Adapter):
     Files have no place for it: they hold alpha times the factors, which are then divided by it.
     """
 
-    alpha: float = 1.0
+    alpha: Annotated[float, POSITIVE] = 1.0
 
     def __post_init__(self) -> None:
         self.check_scale("alpha", "1 leaves the change unscaled")

@@ -18,7 +18,7 @@ References:
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -26,13 +26,15 @@ from torch import Generator, Tensor
 from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
 from lyco_lab.adapters.lowrank import PlainPair
 from lyco_lab.linalg import kaiming, unrolled
+from lyco_lab.settings import POSITIVE, SIZE
 
 
 @dataclass(frozen=True)
 class DyLoRA(Ranked):
-    rank: int = 8
-    alpha: float = 4.0  # the update is scaled by alpha / rank, of the ranks in use
-    block_size: int = 4  # ranks come and go in blocks of so many
+    rank: Annotated[int, SIZE] = 8
+    # The update is scaled by alpha / rank, of the ranks in use
+    alpha: Annotated[float, POSITIVE] = 4.0
+    block_size: Annotated[int, SIZE] = 4  # ranks come and go in blocks of so many
 
     file_algo: ClassVar = "lora"  # what it trains is one
     file_names: ClassVar = {"b_PR": "lora_up.weight", "a_RQ": "lora_down.weight"}

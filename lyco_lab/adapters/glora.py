@@ -21,7 +21,7 @@ References:
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -39,12 +39,13 @@ from lyco_lab.adapters.plan import (
     skinny,
 )
 from lyco_lab.linalg import kaiming, unrolled
+from lyco_lab.settings import POSITIVE, SIZE
 
 
 @dataclass(frozen=True)
 class GLoRA(OfRank):
-    rank: int = 8
-    alpha: float = 4.0  # the update is scaled by alpha / rank
+    rank: Annotated[int, SIZE] = 8
+    alpha: Annotated[float, POSITIVE] = 4.0  # the update is scaled by alpha / rank
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead
 
     file_algo: ClassVar = "glora"

@@ -27,7 +27,7 @@ References:
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -35,12 +35,13 @@ from torch import Generator, Tensor
 from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
 from lyco_lab.adapters.lowrank import LowRank
 from lyco_lab.linalg import through_core, through_core_grads, unrolled
+from lyco_lab.settings import POSITIVE, SIZE
 
 
 @dataclass(frozen=True)
 class LoHa(Ranked):
-    rank: int = 4
-    alpha: float = 2.0  # the update is scaled by alpha / rank
+    rank: Annotated[int, SIZE] = 4
+    alpha: Annotated[float, POSITIVE] = 2.0  # the update is scaled by alpha / rank
     tucker: bool = False  # convolutions of more than one tap: both halves in Tucker form
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead
 

@@ -34,7 +34,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -53,19 +53,23 @@ from lyco_lab.adapters.plan import (
 )
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import kaiming, kron, split, through_core, through_core_grads
+from lyco_lab.settings import POSITIVE, SIZE, Within
 
 
 @dataclass(frozen=True)
 class LoKr(Ranked):
-    rank: int = 10000  # as large as this: the right block is a full matrix
-    alpha: float = 1.0  # the update is scaled by alpha / rank where a block is factored
-    factor: int = 8  # the left block has at most this many rows and columns
+    rank: Annotated[int, SIZE] = 10000  # as large as this: the right block is a full matrix
+    # The update is scaled by alpha / rank where a block is factored
+    alpha: Annotated[float, POSITIVE] = 1.0
+    # The left block has at most this many rows and columns
+    factor: Annotated[int, Within(2, 10**6)] = 8
     full_matrix: bool = False  # keep both blocks full whatever the rank
     decompose_both: bool = False  # factor the left block as well, where the rank is small enough
     tucker: bool = False  # convolutions of more than one tap: the right block in Tucker form
     unbalanced: bool = False  # the left block has the larger part of the outputs
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead
-    full_alpha: float = 1.0  # what scales the update where both blocks are full
+    # What scales the update where both blocks are full
+    full_alpha: Annotated[float, POSITIVE] = 1.0
 
     file_algo: ClassVar = "lokr"
     # The layout transposes B where there is a core.

@@ -22,19 +22,20 @@ References:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Generator, Tensor
 
 from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
 from lyco_lab.adapters.lowrank import LowRank
 from lyco_lab.linalg import kaiming, through_core, through_core_grads, unrolled
+from lyco_lab.settings import POSITIVE, SIZE
 
 
 @dataclass(frozen=True)
 class LoRA(Ranked):
-    rank: int = 8
-    alpha: float = 4.0  # the update is scaled by alpha / rank
+    rank: Annotated[int, SIZE] = 8
+    alpha: Annotated[float, POSITIVE] = 4.0  # the update is scaled by alpha / rank
     tucker: bool = False  # convolutions of more than one tap in Tucker form
     rank_stabilised: bool = False  # scale by alpha / sqrt(rank) instead
 

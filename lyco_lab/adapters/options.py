@@ -12,9 +12,11 @@ device, from the seed, the layer's name and the number of forward passes alone.
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 from lyco_lab.adapters.base import Adapter, Additive, Shape, Terms
 from lyco_lab.errors import UserError
+from lyco_lab.settings import POSITIVE, SHARE
 
 SCALAR = "scalar"  # the factor that `use_scalar` adds to those of the adapter's rule
 
@@ -22,10 +24,10 @@ SCALAR = "scalar"  # the factor that `use_scalar` adds to those of the adapter's
 @dataclass(frozen=True, kw_only=True)
 class Options:
     use_scalar: bool = False
-    dropout: float = 0.0
-    rank_dropout: float = 0.0
-    module_dropout: float = 0.0
-    max_norm: float | None = None
+    dropout: Annotated[float, SHARE] = 0.0
+    rank_dropout: Annotated[float, SHARE] = 0.0
+    module_dropout: Annotated[float, SHARE] = 0.0
+    max_norm: Annotated[float | None, POSITIVE] = None
 
     def __post_init__(self) -> None:
         for name in ("dropout", "rank_dropout", "module_dropout"):

@@ -19,7 +19,7 @@ Shapes: P outputs, N blocks of b x b.
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Annotated, Any, ClassVar, NoReturn
 
 import torch
 from torch import Generator, Tensor
@@ -28,6 +28,7 @@ from lyco_lab.adapters.base import Adapter, Factors, Layer, Shape, Terms
 from lyco_lab.adapters.plan import recomputed
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import unrolled
+from lyco_lab.settings import NOT_NEGATIVE, Within
 
 TINY = 1e-8  # added to a norm before dividing by it, as LyCORIS does
 
@@ -36,8 +37,10 @@ TINY = 1e-8  # added to a norm before dividing by it, as LyCORIS does
 class Rotation(Adapter):
     """An adapter that rotates blocks of outputs, and may rescale each output."""
 
-    block_size: int = 16  # at most so many outputs are rotated together; LyCORIS' `lora_dim`
-    constraint: float = 0.0  # largest Frobenius norm of Q, per output; 0: none
+    # At most so many outputs are rotated together; LyCORIS' `lora_dim`
+    block_size: Annotated[int, Within(2, 10**6)] = 16
+    # Largest Frobenius norm of Q, per output; 0: none
+    constraint: Annotated[float, NOT_NEGATIVE] = 0.0
     rescaled: bool = False  # train a factor for each output as well
 
     file_names: ClassVar = {"blocks": "oft_blocks", "scale": "rescale"}

@@ -23,7 +23,7 @@ Reference:
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -32,17 +32,20 @@ from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape, Terms
 from lyco_lab.adapters.lowrank import LowRank
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import unrolled
+from lyco_lab.settings import POSITIVE, SIZE, Within
 
 STARTS = ("principal", "last", "middle")
 
 
 @dataclass(frozen=True)
 class TLoRA(Ranked):
-    rank: int = 8
-    alpha: float = 8.0  # the update is scaled by alpha / rank
+    rank: Annotated[int, SIZE] = 8
+    alpha: Annotated[float, POSITIVE] = 8.0  # the update is scaled by alpha / rank
     start_from: str = "principal"  # which singular vectors: principal, last or middle
-    min_rank: int | None = None  # at timestep T; None: the whole rank at any timestep
-    last_timestep: float = 1000.0  # T; 1 for models that are told t / 1000, as Flux is
+    # At timestep T; None: the whole rank at any timestep
+    min_rank: Annotated[int | None, SIZE] = None
+    # T; 1 for models that are told t / 1000, as Flux is
+    last_timestep: Annotated[float, Within(1e-6, 1e9)] = 1000.0
 
     file_algo: ClassVar = "tlora"
     file_names: ClassVar = {

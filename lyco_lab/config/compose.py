@@ -6,24 +6,22 @@ that whole section, since the fields of the former kind mean nothing to the new 
 """
 
 import functools
-import types
+import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from lyco_lab import adapters, optimizers
+from lyco_lab import adapters, optimizers, settings
+from lyco_lab.config import values as reading
 from lyco_lab.config.asked import Asked
 from lyco_lab.config.groups import Group
 from lyco_lab.config.run import DEFAULT_ADAPTER, DEFAULT_OPTIMIZER, Run
 from lyco_lab.config.training import Plugin
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.kinds import Family
+from lyco_lab.settings import shown
 
 Nested = dict[str, Any]
 SECTIONS: dict[str, type] = {
@@ -41,6 +39,26 @@ KEYS = (
     *(f"{name}.{spec.name}" for name, cls in SECTIONS.items() for spec in fields(cls)),
     *(f"{name}.{key}" for name, keys in FAMILY_KEYS.items() for key in sorted(keys)),
 )
+# What other programs call a setting.
+ELSEWHERE = {
+    "learning_rate": "train.lr", "unet_lr": "train.lr", "text_lr": "train.text_encoder_lr",
+    "max_train_steps": "train.steps", "num_steps": "train.steps", "iterations": "train.steps",
+    "epochs": "train.steps", "max_train_epochs": "train.steps", "num_epochs": "train.steps",
+    "train_batch_size": "train.batch_size", "gradient_accumulation_steps": "train.accumulate",
+    "lr_scheduler": "train.schedule", "scheduler": "train.schedule",
+    "warmup": "train.warmup_steps", "lr_warmup_steps": "train.warmup_steps",
+    "max_grad_norm": "train.grad_clip", "gradient_clip_val": "train.grad_clip",
+    "loss_type": "train.loss", "huber_c": "train.huber_delta",
+    "ip_noise_gamma": "train.input_perturbation", "save_every_n_steps": "train.checkpoint_every",
+    "network_dim": "adapter.rank", "lora_rank": "adapter.rank", "dim": "adapter.rank",
+    "network_alpha": "adapter.alpha", "lora_alpha": "adapter.alpha", "algo": "adapter.kind",
+    "optimizer_type": "optimizer.kind", "num_repeats": "data.repeats",
+    "train_data_dir": "data.folder", "image_dir": "data.folder", "dataset_config": "data.toml",
+    "flip_aug": "data.flip", "shuffle_caption": "data.shuffle_tags", "keep_tokens":
+    "data.keep_tags", "mixed_precision": "model.precision", "num_inference_steps": "generate.steps",
+    "guidance_scale": "generate.guidance", "cfg_scale": "generate.guidance",
+    "pretrained_model_name_or_path": "model.path",
+}  # fmt: skip
 # Settings that are lists of mappings.
 ENTRIES: dict[Any, type] = {
     tuple[Group, ...]: Group,
@@ -65,45 +83,60 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Top:
-    """The settings of a run that are in no section, for OmegaConf to type."""
+    """The settings of a run that are in no section."""
 
-    seed: int = 0
+    seed: Annotated[int, settings.SEED] = 0
 
 
 def read_yaml(path: Path) -> Nested:
     """A YAML file that holds a mapping."""
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {_one_line(error)}") from error
+    values = reading.read(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} needs keys and values at its top level, found {values!r}")
+        raise UserError(f"{path} needs keys and values at its top level, found {shown(values)}")
     return {str(key): value for key, value in values.items()}
 
 
 def parse_overrides(words: Iterable[str]) -> dict[str, Any]:
-    """["train.lr=1e-3"] -> {"train.lr": 0.001}, with YAML's reading of the value."""
+    """["train.lr=1e-3", "data.prefix=a photo of "] -> {"train.lr": 0.001, "data.prefix": ...}.
+
+    Text is what stands behind `=`, as it is; numbers are decimal; lists and mappings are YAML.
+    """
     overrides: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise UserError(f"{word!r} is not a setting: write key=value, as in train.lr=1e-3")
+            raise UserError(f"{shown(word)} is not a setting: write key=value, as in train.lr=1e-3")
         if key in overrides:
-            raise UserError(f"{key} is given twice on the command line")
+            raise UserError(f"{shown(key)[1:-1]} is given twice on the command line")
         try:
-            overrides[key] = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-            overrides[key] = overrides[key]["value"]
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{word!r} on the command line: {_one_line(error)}") from error
+            overrides[key] = reading.spelled(text, _types_of(key))
+        except ValueError as error:
+            raise UserError(f"{shown(word)} on the command line: {error}") from error
     return overrides
+
+
+@functools.cache
+def _types_of(key: str) -> tuple[Any, ...]:
+    """The types that a setting may have; () where there is none of that name."""
+    first, _, rest = key.partition(".")
+    if first in FAMILIES:
+        name = rest.rpartition(".")[2]
+        if name == "kind":
+            return (str,)
+        classes: list[type] = list(FAMILIES[first].kinds.values())
+    else:
+        name = rest if first in SECTIONS else key
+        classes = [SECTIONS.get(first, _Top)]
+    hints = [types[name] for cls in classes if name in (types := settings.types_of(cls))]
+    return tuple(kind for hint in hints for kind in reading.alternatives(hint))
 
 
 def nest(flat: Mapping[Any, Any], origin: str) -> Nested:
     """{"train.lr": 1, "train": {"steps": 2}} -> {"train": {"lr": 1, "steps": 2}}."""
     nested: Nested = {}
     for dotted, value in flat.items():
+        if str(dotted).count(".") > reading.DEEPEST:
+            raise UserError(f"unknown key {shown(dotted)} in {origin}")
         first, _, rest = str(dotted).partition(".")
         inner = {rest: value} if rest else value
         if isinstance(inner, Mapping):
@@ -136,6 +169,7 @@ def build(
     memory = {} if memory is None else memory
     merged: Nested = {}
     typed: Nested = {}
+    origins: dict[str, str] = {}  # of each setting that is given
     # Settings of an adapter or optimizer that were given without its kind, and where.
     loose: dict[str, dict[str, str]] = {name: {} for name in FAMILIES}
     for layer in layers:
@@ -154,31 +188,71 @@ def build(
                     f"to {section['kind']!r}: give it together with its kind"
                 )
         merged = _merge(merged, values)
+        origins |= dict.fromkeys(_paths(values), layer.origin)
         known = (repr(merged), layer.origin)
         if known not in memory:
             memory[known] = _typed(merged, layer.origin)
         typed = dict(memory[known])
-    sections = {key: cls(**typed.pop(key, {})) for key, cls in SECTIONS.items()}
-    return Run(name=name, study=study, **sections, **typed)
+    sections = {
+        key: _traced(functools.partial(cls, **typed.pop(key, {})), origins, key)
+        for key, cls in SECTIONS.items()
+    }
+    return _traced(functools.partial(Run, name=name, study=study, **sections, **typed), origins)
+
+
+Made = TypeVar("Made")
+
+
+def _traced(make: Callable[[], Made], origins: Mapping[str, str], section: str = "") -> Made:
+    """What `make` returns; an error says where the settings that it names were given."""
+    try:
+        return make()
+    except UserError as error:
+        said = str(error)
+        family = said.split()[1] if said.startswith("the ") else said.partition(":")[0]
+        within = f"{section or family}."
+        named = [key for key in origins if _mentions(said, key)] or [
+            key
+            for key in origins
+            if key.startswith(within) and _mentions(said, key.removeprefix(within))
+        ]
+        places = dict.fromkeys(origins[key] for key in named)
+        if len(places) == 1:
+            raise UserError(f"{said}, in {next(iter(places))}") from error
+        if places:
+            each = ", ".join(f"{key} in {origins[key]}" for key in named)
+            raise UserError(f"{said}; given are {each}") from error
+        raise
+
+
+def _mentions(said: str, key: str) -> bool:
+    return re.search(rf"(?<![\w.]){re.escape(key)}(?![\w]|\.\w)", said) is not None
 
 
 def check_keys(values: Nested, origin: str) -> None:
     """Every key exists. Which of them suits the adapter's kind is known only after merging."""
     for key in (*SECTIONS, *FAMILIES):
         if key in values and not (isinstance(values[key], dict) and values[key]):
-            raise UserError(f"{key} is {values[key]!r} in {origin}, needs keys of its own")
+            raise UserError(f"{key} is {shown(values[key])} in {origin}, needs keys of its own")
     for path in _paths(values):
         if path not in KEYS and path not in INNER_KEYS:
-            raise UserError(f"unknown key {path!r} in {origin}{_hint(path)}")
+            raise UserError(f"unknown key {shown(path)} in {origin}{_hint(path)}")
 
 
 def _hint(path: str) -> str:
-    """The same name in the right section, or else whatever is spelled most like it."""
-    same_name = [key for key in KEYS if key.split(".")[-1] == path.split(".")[-1]]
+    """The setting that another program calls so, the same name in the right section, or else
+    whatever is spelled most like it, first in the section that was named."""
+    section, _, name = path.rpartition(".")
+    if len(path) > settings.SHOWN:
+        return ""
+    if name in ELSEWHERE:
+        return f" (did you mean {ELSEWHERE[name]!r}?)"
+    same_name = [key for key in KEYS if key.split(".")[-1] == name]
     near = nearest(path, same_name)
     if same_name and not near:
         near = f" (did you mean {same_name[0]!r}?)"
-    return near or nearest(path, KEYS + INNER_KEYS)
+    own = [key for key in KEYS + INNER_KEYS if section and key.startswith(f"{section}.")]
+    return near or nearest(path, own, least=0.8) or nearest(path, KEYS + INNER_KEYS)
 
 
 def _paths(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -205,12 +279,8 @@ def _kind(section: Nested, family: str) -> str:
 
 
 def _typed(merged: Nested, origin: str) -> Nested:
-    """`merged` with its types checked and ${...} resolved; a wrong one names `origin`."""
-    try:
-        plain = OmegaConf.to_container(OmegaConf.create(merged), resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{_one_line(error)}, in {origin}") from error
-    resolved = typing.cast(Nested, plain)
+    """`merged` with ${...} resolved and its values checked; a wrong one names `origin`."""
+    resolved = reading.resolve(merged, origin)
     typed: Nested = {}
     for key, value in resolved.items():
         if key in FAMILIES:
@@ -237,7 +307,7 @@ def _thing(family: str, section: Nested, origin: str, where: str = "") -> Nested
     for key in [key for key in options if kinds.holds(cls, key)]:
         value: Any = options.pop(key)
         if not (isinstance(value, dict) and value):
-            raise UserError(f"{where}.{key} is {value!r} in {origin}, needs keys of its own")
+            raise UserError(f"{where}.{key} is {shown(value)} in {origin}, needs keys of its own")
         within[key] = _thing(family, value, origin, f"{where}.{key}")
     typed = _section(f"{where}.", options, cls, origin)
     return {"kind": cls.__name__.lower(), **within, **typed}
@@ -245,29 +315,27 @@ def _thing(family: str, section: Nested, origin: str, where: str = "") -> Nested
 
 def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:
     """`values` in the types of `cls`, one key at a time, so that an error can name its key."""
-    schema = _schema(cls)
-    hints = typing.get_type_hints(cls)
+    hints = settings.types_of(cls)
     typed: Nested = {}
     for key, value in values.items():
         if (entry := ENTRIES.get(hints[key])) is not None:
             typed[key] = _entries(f"{prefix}{key}", value, entry, origin)
             continue
-        allowed = _alternatives(hints[key])
-        wrong = UserError(f"{prefix}{key} is {value!r} in {origin}, needs {_words(allowed)}")
-        # OmegaConf would turn numbers into text and 1 into true. YAML reads a bare `no` or `on`
-        # as a truth value and 12:30 as a number, so converting would hide a mistake.
-        for exact in (str, bool):
-            if exact in allowed and value is not None and not isinstance(value, exact):
-                raise wrong
+        where = f"{prefix}{key}"
+        wrong = f"{where} is {shown(value)} in {origin}, needs {reading.words(hints[key])}"
         try:
-            given = tuple(value) if isinstance(value, list) else value
-            OmegaConf.update(schema, key, given, merge=False)  # the schema serves again
-        except (OmegaConfBaseException, TypeError) as error:
-            raise wrong from error
-        found = schema[key]
-        if OmegaConf.is_config(found):
-            found = OmegaConf.to_container(found)
-        typed[key] = tuple(found) if isinstance(value, list) else found
+            typed[key] = reading.convert(value, hints[key])
+        except OverflowError:  # a whole number too large for any, which its range says
+            typed[key] = value
+        except TypeError as error:
+            quoted = isinstance(value, bool | int | float) and str in reading.alternatives(
+                hints[key]
+            )
+            raise UserError(wrong + ": put it in quotes" * quoted) from error
+        try:
+            settings.check_value(cls, key, where, value)
+        except UserError as error:
+            raise UserError(f"{error}, in {origin}") from error
     return typed
 
 
@@ -277,7 +345,7 @@ def _entries(where: str, value: Any, cls: type, origin: str) -> tuple[Any, ...]:
     if not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
         nouns = {"group": "groups", "entry": "entries"}[noun]
         raise UserError(
-            f"{where} is {value!r} in {origin}, needs a list of {nouns}, each with keys"
+            f"{where} is {shown(value)} in {origin}, needs a list of {nouns}, each with keys"
         )
     known, found = [spec.name for spec in fields(cls)], []
     for number, entry in enumerate(value, start=1):
@@ -288,30 +356,9 @@ def _entries(where: str, value: Any, cls: type, origin: str) -> tuple[Any, ...]:
                     f"{noun} {number} of {where} in {origin} has no {key!r}; {takes}"
                     f"{nearest(str(key), known)}"
                 )
-        found.append(cls(**_section(f"{where}[{number}].", entry, cls, origin)))
+        options = _section(f"{where}[{number}].", entry, cls, origin)
+        try:
+            found.append(cls(**options))
+        except UserError as error:
+            raise UserError(f"{error}, in {origin}") from error
     return tuple(found)
-
-
-@functools.cache
-def _schema(cls: type) -> DictConfig:
-    """`cls` as OmegaConf checks it; writable, since a value is checked by putting it there."""
-    schema: DictConfig = OmegaConf.structured(cls)
-    OmegaConf.set_readonly(schema, False)
-    return schema
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-
-
-def _words(allowed: tuple[Any, ...]) -> str:
-    """Types in the user's words."""
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    words |= {type(None): "null", tuple[float, float]: "a list of two numbers"}
-    words |= {tuple[str, ...]: "a list of words", dict[str, float]: "names with numbers"}
-    words |= {dict[str, Any]: "names with values"}
-    return " or ".join(words.get(kind, str(kind)) for kind in allowed)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

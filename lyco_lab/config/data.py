@@ -3,10 +3,13 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from lyco_lab.config.checks import at_least, choose, need, positive
 from lyco_lab.errors import UserError
+from lyco_lab.settings import PATH, SHARE, Within
 
+SIDE = Within(64, 16384)  # pixels
 PLACES = ("concept", "folder", "toml")
 CHOICES = {
     "balance": ("repeats", "classes"),
@@ -36,14 +39,14 @@ SEEN = (
 @dataclass(frozen=True, kw_only=True)
 class Data:
     concept: str | None = None
-    folder: str | None = None
-    toml: str | None = None
-    repeats: int | None = None
-    limit: int | None = None
+    folder: Annotated[str | None, PATH] = None
+    toml: Annotated[str | None, PATH] = None
+    repeats: Annotated[int | None, Within(1, 10**4)] = None
+    limit: Annotated[int | None, Within(1, 10**9)] = None
     balance: str = "repeats"
     bad_files: str = "error"
-    resolution: int | None = None
-    buckets: tuple[int, int, int] | None = None
+    resolution: Annotated[int | None, SIDE] = None
+    buckets: Annotated[tuple[int, int, int] | None, Within(8, 16384)] = None
     upscale: bool = False
     crop: str = "center"
     flip: bool = False
@@ -55,12 +58,12 @@ class Data:
     prefix: str = ""
     suffix: str = ""
     shuffle_tags: bool = False
-    keep_tags: int = 0
-    tag_dropout: float = 0.0
+    keep_tags: Annotated[int, Within(0, 10**4)] = 0
+    tag_dropout: Annotated[float, SHARE] = 0.0
     tag_separator: str = ","
-    prior: str | None = None
-    prior_share: float | None = None
-    prior_weight: float | None = None
+    prior: Annotated[str | None, PATH] = None
+    prior_share: Annotated[float | None, SHARE] = None
+    prior_weight: Annotated[float | None, Within(1e-12, 1e12)] = None
     latents: str = "fp32"
 
     def __post_init__(self) -> None:

@@ -13,8 +13,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Annotated
 
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.settings import POSITIVE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,10 +25,13 @@ class Group:
 
     layers: tuple[str, ...] = ("*",)  # patterns of part.layer
     factors: tuple[str, ...] = ("*",)  # patterns of the factors' names
-    init_scale: float = 1.0  # times train.init_scale
-    lr: float = 1.0  # times train.lr, or train.text_encoder_lr
-    clip: float = 1.0  # weighs its gradients in the norm that train.grad_clip limits
-    optimizer: dict[str, float] = field(default_factory=dict)  # setting -> times what it is
+    init_scale: Annotated[float, POSITIVE] = 1.0  # times train.init_scale
+    lr: Annotated[float, POSITIVE] = 1.0  # times train.lr, or train.text_encoder_lr
+    # Weighs its gradients in the norm that train.grad_clip limits
+    clip: Annotated[float, POSITIVE] = 1.0
+    optimizer: Annotated[dict[str, float], POSITIVE] = field(
+        default_factory=dict
+    )  # setting -> times what it is
 
     def __post_init__(self) -> None:
         for name in ("init_scale", "lr", "clip"):

@@ -7,9 +7,9 @@ would be accepted and do nothing is refused.
 import dataclasses
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
-from lyco_lab import adapters, optimizers, record
+from lyco_lab import adapters, optimizers, record, settings
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.options import Options
@@ -19,7 +19,9 @@ from lyco_lab.config.data import Data
 from lyco_lab.config.training import Embedding, Train, Trainer
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import PATH, SEED, Within
 
+LONGEST_NAME = 128  # characters of a run, a study and a project; what W&B takes
 EMBEDDED = "miniature"
 PRECISIONS = ("fp32", "bf16")
 LAYER_PRESETS = ("attn-only", "attn-mlp", "full")
@@ -34,14 +36,14 @@ DEFAULT_OPTIMIZER = {"kind": "adamw"}
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    path: str = EMBEDDED
+    path: Annotated[str, PATH] = EMBEDDED
     family: str | None = None
     weights: str | None = None
     prediction: str | None = None
     zero_terminal_snr: bool = False
-    tokenizer: str | None = None
-    clip_skip: int = 1
-    max_token_length: int | None = None
+    tokenizer: Annotated[str | None, PATH] = None
+    clip_skip: Annotated[int, Within(1, 100)] = 1
+    max_token_length: Annotated[int | None, Within(1, 7500)] = None
     preset: str = "attn-mlp"
     train_norm: bool = False
     text_encoder: bool = False
@@ -74,12 +76,12 @@ class Model:
 @dataclass(frozen=True, kw_only=True)
 class Generate:
     types: tuple[str, ...] = PROMPT_TYPES
-    images_per_type: int = 8
+    images_per_type: Annotated[int, Within(1, 10**4)] = 8
     concepts: tuple[Asked, ...] = ()
-    steps: int = 25
-    guidance: float = 5.0
-    batch_size: int = 16
-    seed: int = 1000
+    steps: Annotated[int, Within(1, 1000)] = 25
+    guidance: Annotated[float, Within(1, 1000)] = 5.0
+    batch_size: Annotated[int, Within(1, 4096)] = 16
+    seed: Annotated[int, SEED] = 1000
 
     def __post_init__(self) -> None:
         for kind in self.types:
@@ -107,7 +109,11 @@ class Wandb:
 
     def __post_init__(self) -> None:
         choose("wandb.mode", self.mode, WANDB_MODES)
-        need(self.project != "", "wandb.project", self.project, "null or a name")
+        name = self.project
+        right = name is None or (0 < len(name) <= LONGEST_NAME and not set(name) & set("/\\#?%:"))
+        needed = f"null or a name of at most {LONGEST_NAME} characters, none of them / \\ # ? % :"
+        slash = "; a team is named by the variable WANDB_ENTITY" if name and "/" in name else ""
+        need(right, "wandb.project", name, needed + slash)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +122,7 @@ class Run:
 
     name: str
     study: str
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     model: Model = Model()
     data: Data
     adapter: dict[str, Any] = field(default_factory=DEFAULT_ADAPTER.copy)
@@ -130,11 +136,13 @@ class Run:
     wandb: Wandb = Wandb()
 
     def __post_init__(self) -> None:
+        settings.check(self)
         for key in ("name", "study"):
+            value = getattr(self, key)
+            need(len(value) <= LONGEST_NAME, key, value, f"at most {LONGEST_NAME} characters")
             plain = getattr(self, key).replace("-", "").replace("_", "").replace(".", "")
             needed = "letters, digits, '-', '_' and '.', as it names a folder"
             need(plain.isascii() and plain.isalnum(), key, getattr(self, key), needed)
-        at_least("seed", self.seed, 0)
         if self.model.train_norm:
             try:
                 self.options.check(Norm(), (1,), "norm layer")
@@ -171,16 +179,10 @@ class Run:
         # hand are the same run.
         object.__setattr__(self, "adapter", adapters.describe(self.adapter_value()))
         rule = self.optimizer_value()
+        settings.check(self.adapter_value(), "adapter.")
+        settings.check(rule, "optimizer.")
         object.__setattr__(self, "optimizer", optimizers.describe(rule))
-        for group in self.train.groups:
-            for name in group.optimizer:
-                if name not in rule.powers:
-                    known = [key for key in rule.powers if key != "lr"]
-                    raise UserError(
-                        f"a group of train.groups multiplies optimizer.{name}: for "
-                        f"{self.optimizer['kind']!r} that can be {', '.join(known) or 'nothing'}"
-                        f"{nearest(name, known)}"
-                    )
+        self._check_groups(rule)
         if rule.averages and self.train.schedule != "constant":
             raise UserError(
                 f"train.schedule is {self.train.schedule!r}, but the optimizer "
@@ -192,6 +194,20 @@ class Run:
                 f"train.ema_decay is {self.train.ema_decay!r}, but the optimizer "
                 f"{self.optimizer['kind']!r} averages the factors itself: use one of them"
             )
+
+    def _check_groups(self, rule: Optimizer) -> None:
+        own = {spec.name for spec in dataclasses.fields(rule)}
+        known = [key for key in rule.powers if key in own]
+        for number, group in enumerate(self.train.groups, start=1):
+            for name in group.optimizer:
+                if name not in known:
+                    hint = ": its lr stands beside `optimizer`, not in it" if name == "lr" else ""
+                    raise UserError(
+                        f"group {number} of train.groups multiplies optimizer.{name}: for "
+                        f"{self.optimizer['kind']!r} that can be {', '.join(known) or 'nothing'}"
+                        f"{hint or nearest(name, known)}"
+                    )
+            settings.check(rule.moved(group.optimizer), f"train.groups[{number}] makes optimizer.")
 
     @property
     def reads_texts(self) -> bool:

@@ -15,6 +15,8 @@ the grid shrinks to that value.
 """
 
 import itertools
+import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,10 +34,12 @@ from lyco_lab.config.compose import (
 )
 from lyco_lab.config.run import Run
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.settings import SHOWN, shown
 
 STUDY_KEYS = ("question", "expectation", "base", "set", "grid", "runs", "pairs")
 VARIANT_KEYS = ("name", "set", "grid")
 COMMAND_LINE = "the command line"
+MOST_RUNS = 10_000  # of a grid
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,22 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
     """Read `folder`/study.yaml and spell out its runs."""
     folder = Path(folder)
     path = folder / "study.yaml"
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises an error for a name that is too long
         raise UserError(_not_a_study(folder))
     read = read_yaml(path)
     _only(read, STUDY_KEYS, str(path))
     for key in ("question", "expectation"):
         if not isinstance(read.get(key), str) or not read[key].strip():
-            raise UserError(f"{path} needs a {key}, in a sentence, got {read.get(key)!r}")
+            raise UserError(f"{path} needs a {key}, in a sentence, got {shown(read.get(key))}")
     name = folder.resolve().name
     given = parse_overrides(overrides)
     check_keys(nest(given, COMMAND_LINE), COMMAND_LINE)
 
     common = [Layer(f"{path} (set)", _mapping(read.get("set"), "set", path))]
     if read.get("base") is not None:
-        base = path.parent / str(read["base"])
+        if not isinstance(read["base"], str) or not read["base"].isprintable():
+            raise UserError(f"base in {path} is {shown(read['base'])}, needs the path of a file")
+        base = path.parent / read["base"]
         common.insert(0, Layer(str(base), read_yaml(base)))
     runs: dict[str, Run] = {}
     settings: dict[str, Nested] = {}
@@ -120,6 +126,11 @@ def _runs(
     memory: dict[tuple[str, str], Nested],
 ) -> Iterator[Run]:
     grid = {key: [given[key]] if key in given else vs for key, vs in variant.grid.items()}
+    count = math.prod(map(len, grid.values()))
+    if count > MOST_RUNS:
+        raise UserError(
+            f"the grid of {variant.origin} asks for {count:,} runs, needs at most {MOST_RUNS:,}"
+        )
     for values in itertools.product(*grid.values()):
         point = dict(zip(grid, values, strict=True))
         labels = [_label(key, value) for key, value in point.items()]
@@ -156,7 +167,7 @@ def _variants(read: Nested, path: Path) -> Iterator[_Variant]:
         raise UserError(f"runs in {path} is {read['runs']!r}, needs a list of {{name, set}}")
     for number, entry in enumerate(read["runs"], start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            raise UserError(f"run {number} of {path} is {entry!r}, needs a name and its `set`")
+            raise UserError(f"run {number} of {path} is {shown(entry)}, needs a name and its `set`")
         origin = f"{path} (run {entry['name']!r})"
         _only(entry, VARIANT_KEYS, origin)
         settings = nest(_mapping(entry.get("set"), "set", path), origin)
@@ -171,10 +182,12 @@ def _grid(read: Any, origin: str) -> dict[str, list[Any]]:
     if read is None:
         return {}
     if not isinstance(read, dict):
-        raise UserError(f"the grid of {origin} is {read!r}, needs key: [values]")
+        raise UserError(f"the grid of {origin} is {shown(read)}, needs key: [values]")
     for key, values in read.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{key} in the grid of {origin} is {values!r}, needs a list of values")
+            raise UserError(
+                f"{key} in the grid of {origin} is {shown(values)}, needs a list of values"
+            )
         if any(isinstance(value, dict) for value in values):
             raise UserError(f"{key} in the grid of {origin} has sections as values: use `runs`")
     return {str(key): values for key, values in read.items()}
@@ -184,7 +197,7 @@ def _pairs(read: Nested, names: list[str], path: Path) -> Iterator[tuple[str, st
     pairs = read.get("pairs") or []
     for pair in pairs if isinstance(pairs, list) else [pairs]:
         if not isinstance(pair, list) or len(pair) != 2 or pair[0] == pair[1]:
-            raise UserError(f"a pair in {path} is {pair!r}, needs the names of two runs")
+            raise UserError(f"a pair in {path} is {shown(pair)}, needs the names of two runs")
         for name in pair:
             if name not in names:
                 hint = nearest(str(name), names)
@@ -202,7 +215,7 @@ def _get(nested: Nested, dotted: str) -> Any:
 
 def _mapping(read: Any, key: str, path: Path) -> Nested:
     if not isinstance(read, dict | None):
-        raise UserError(f"{key} in {path} is {read!r}, needs settings below it")
+        raise UserError(f"{key} in {path} is {shown(read)}, needs settings below it")
     return read or {}
 
 
@@ -214,9 +227,11 @@ def _only(read: Mapping[str, Any], known: tuple[str, ...], origin: str) -> None:
 
 
 def _not_a_study(folder: Path) -> str:
-    if folder.is_file():
+    if os.path.isfile(folder):
         return f"{folder} is a file, needs the folder of a study, with a study.yaml in it"
-    problem = "has no study.yaml in it" if folder.is_dir() else "does not exist"
-    siblings = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    problem = "has no study.yaml in it" if os.path.isdir(folder) else "does not exist"
+    if len(str(folder)) > SHOWN:
+        return f"{shown(str(folder))} is not a study"
+    siblings = folder.parent.iterdir() if os.path.isdir(folder.parent) else ()
     studies = [str(path) for path in siblings if (path / "study.yaml").is_file()]
     return f"{folder} is not a study: it {problem}{nearest(str(folder), studies)}"

@@ -5,13 +5,18 @@ all of their settings stand side by side.
 """
 
 import math
+import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from lyco_lab.config.checks import at_least, choose, goes_with, need, positive
 from lyco_lab.config.groups import Group
 from lyco_lab.errors import UserError
+from lyco_lab.settings import PATH, POSITIVE, SHARE, STEPS, Within
 
+BATCH = Within(1, 2**16)
+LONGEST_TOKEN = 64
+WARMUP = 20  # steps, where nothing else is said
 CHECK_EVERY, CHECKS = 50, 3  # on divergence, where nothing else is said
 LOSSES = ("mse", "huber", "smooth_l1")
 SAMPLINGS = ("uniform", "logit_normal")
@@ -25,14 +30,14 @@ class Noise:
     """Which noise and timesteps are drawn (lyco_lab/train/noise.py)."""
 
     timestep_sampling: str = "uniform"
-    logit_mean: float | None = None
-    logit_std: float | None = None
-    min_timestep: int | None = None
-    max_timestep: int | None = None
-    noise_offset: float | None = None
-    multires_noise_iterations: int | None = None
-    multires_noise_discount: float | None = None
-    input_perturbation: float | None = None
+    logit_mean: Annotated[float | None, Within(-100, 100)] = None
+    logit_std: Annotated[float | None, Within(1e-6, 100)] = None
+    min_timestep: Annotated[int | None, Within(0, 10**6)] = None
+    max_timestep: Annotated[int | None, Within(1, 10**6)] = None
+    noise_offset: Annotated[float | None, Within(1e-30, 100)] = None
+    multires_noise_iterations: Annotated[int | None, Within(1, 16)] = None
+    multires_noise_discount: Annotated[float | None, SHARE] = None
+    input_perturbation: Annotated[float | None, Within(1e-30, 100)] = None
 
     def _check_noise(self) -> None:
         choose("train.timestep_sampling", self.timestep_sampling, SAMPLINGS)
@@ -70,8 +75,8 @@ class Loss:
     """What is made small (lyco_lab/train/loss.py)."""
 
     loss: str = "mse"
-    huber_delta: float | None = None
-    min_snr_gamma: float | None = None
+    huber_delta: Annotated[float | None, POSITIVE] = None
+    min_snr_gamma: Annotated[float | None, POSITIVE] = None
     debiased: bool = False
 
     def _check_loss(self) -> None:
@@ -92,21 +97,25 @@ class Loss:
 class Rates:
     """How fast it learns, and when (lyco_lab/train/schedule.py)."""
 
-    steps: int = 300
-    lr: float = 1e-3
-    text_encoder_lr: float | None = None
-    warmup_steps: int = 20
+    steps: Annotated[int, STEPS] = 300
+    lr: Annotated[float, POSITIVE] = 1e-3
+    text_encoder_lr: Annotated[float | None, POSITIVE] = None
+    # None: WARMUP steps, and half of the steps of a run that has no more than that.
+    warmup_steps: Annotated[int | None, Within(0, 10**8)] = None
     schedule: str = "constant"
-    schedule_end: float | None = None
-    schedule_restarts: int | None = None
-    schedule_power: float | None = None
+    schedule_end: Annotated[float | None, SHARE] = None
+    schedule_restarts: Annotated[int | None, STEPS] = None
+    schedule_power: Annotated[float | None, Within(1e-6, 100)] = None
 
     def _check_rates(self) -> None:
         at_least("train.steps", self.steps, 1)
         for key in ("lr", "text_encoder_lr"):
             positive(f"train.{key}", getattr(self, key))
+        if self.warmup_steps is None:
+            short = self.steps <= WARMUP
+            object.__setattr__(self, "warmup_steps", self.steps // 2 if short else WARMUP)
         needed = f"0 <= warmup_steps < steps = {self.steps}"
-        need(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, needed)
+        need(0 <= self.warmup < self.steps, "train.warmup_steps", self.warmup_steps, needed)
         choose("train.schedule", self.schedule, SCHEDULES)
         restarts, power, end = self.schedule_restarts, self.schedule_power, self.schedule_end
         falls = "a train.schedule that falls"
@@ -122,10 +131,15 @@ class Rates:
                 raise UserError(f"train.schedule is {kind!r}, which needs train.schedule_{key}")
         positive("train.schedule_power", power)
         if restarts is not None:
-            left = self.steps - self.warmup_steps
+            left = self.steps - self.warmup
             most = left // 2 - 1
             needed = f"1 to {most}, so that each fall has two of the {left} steps after the warm-up"
             need(1 <= restarts <= most, "train.schedule_restarts", restarts, needed)
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the rate grows."""
+        return typing.cast(int, self.warmup_steps)
 
     def rate(self, part: str) -> float:
         """The learning rate of a part of the model, before its schedule."""
@@ -137,13 +151,13 @@ class Rates:
 class Watch:
     """What is looked at on the way (lyco_lab/train/validation.py, divergence.py)."""
 
-    checkpoint_every: int = 100
-    sample_every: int | None = None
-    validate_every: int | None = None
-    validation_share: float | None = None
-    validation_folder: str | None = None
-    stop_on_divergence: float | None = None
-    divergence_checks: int | None = None
+    checkpoint_every: Annotated[int, STEPS] = 100
+    sample_every: Annotated[int | None, STEPS] = None
+    validate_every: Annotated[int | None, STEPS] = None
+    validation_share: Annotated[float | None, SHARE] = None
+    validation_folder: Annotated[str | None, PATH] = None
+    stop_on_divergence: Annotated[float | None, Within(1, 1e30)] = None
+    divergence_checks: Annotated[int | None, STEPS] = None
 
     def _check_watch(self, steps: int) -> None:
         for key in ("checkpoint_every", "sample_every", "validate_every", "divergence_checks"):
@@ -187,13 +201,13 @@ class Watch:
 
 @dataclass(frozen=True, kw_only=True)
 class Train(Noise, Loss, Rates, Watch):
-    batch_size: int = 4
-    accumulate: int = 1
+    batch_size: Annotated[int, BATCH] = 4
+    accumulate: Annotated[int, BATCH] = 1
     gradient_checkpointing: bool = False
-    grad_clip: float | None = 1.0
-    ema_decay: float | None = None
-    caption_dropout: float = 0.05
-    init_scale: float = 1.0
+    grad_clip: Annotated[float | None, POSITIVE] = 1.0
+    ema_decay: Annotated[float | None, SHARE] = None
+    caption_dropout: Annotated[float, SHARE] = 0.05
+    init_scale: Annotated[float, POSITIVE] = 1.0
     groups: tuple[Group, ...] = ()
 
     @property
@@ -220,7 +234,7 @@ class Embedding:
 
     token: str | None = None
     init: str | None = None
-    lr: float | None = None
+    lr: Annotated[float | None, POSITIVE] = None
 
     def __post_init__(self) -> None:
         given = self.token is not None
@@ -230,6 +244,8 @@ class Embedding:
             plain = self.token.replace("-", "").replace("_", "")
             needed = "a word of letters, digits, '-' and '_', as it names a file"
             need(plain.isascii() and plain.isalnum(), "embedding.token", self.token, needed)
+            needed = f"at most {LONGEST_TOKEN} characters, as it names a file"
+            need(len(self.token) <= LONGEST_TOKEN, "embedding.token", self.token, needed)
             needed = "words from whose mean the token starts, such as its class"
             need(bool((self.init or "").strip()), "embedding.init", self.init, needed)
         positive("embedding.lr", self.lr)
@@ -254,7 +270,7 @@ class Trainer:
     """What Lightning's Trainer is told; of what a run is, callbacks alone are a part."""
 
     accelerator: str = "auto"
-    devices: int = 1
+    devices: Annotated[int, Within(1, 1024)] = 1
     strategy: str = "auto"
     callbacks: tuple[Plugin, ...] = ()
     loggers: tuple[Plugin, ...] = ()

@@ -14,18 +14,19 @@ https://arxiv.org/abs/1212.5701
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class Adadelta(Optimizer):
-    rho: float = 0.9
-    eps: float = 1e-6
-    weight_decay: float = 0.0  # added to the gradient
+    rho: Annotated[float, SHARE] = 0.9
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-6
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # added to the gradient
 
     powers: ClassVar = {"lr": 2, "eps": -2, "weight_decay": -2}
 

@@ -22,20 +22,22 @@ https://arxiv.org/abs/1804.04235
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, POSITIVE, Within
 
 
 @dataclass(frozen=True)
 class Adafactor(Optimizer):
-    eps2: float = 1e-3  # the least size of theta that a step is relative to
-    beta2_decay: float = -0.8
-    d: float = 1.0  # the largest root mean square of u
-    weight_decay: float = 0.0  # decoupled
+    # The least size of theta that a step is relative to
+    eps2: Annotated[float, NOT_NEGATIVE] = 1e-3
+    beta2_decay: Annotated[float, Within(-100, 0)] = -0.8
+    d: Annotated[float, POSITIVE] = 1.0  # the largest root mean square of u
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # decoupled
 
     powers: ClassVar = {"eps2": 1}
 

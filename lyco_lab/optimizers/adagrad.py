@@ -12,19 +12,20 @@ al., 2011), https://jmlr.org/papers/v12/duchi11a.html
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE
 
 
 @dataclass(frozen=True)
 class Adagrad(Optimizer):
-    eps: float = 1e-10
-    weight_decay: float = 0.0  # added to the gradient
-    lr_decay: float = 0.0
-    initial_accumulator_value: float = 0.0
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-10
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # added to the gradient
+    lr_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    initial_accumulator_value: Annotated[float, NOT_NEGATIVE] = 0.0
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -2, "initial_accumulator_value": -2}
 

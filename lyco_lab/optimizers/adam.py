@@ -13,18 +13,20 @@ https://arxiv.org/abs/1412.6980
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class Adam(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # added to the gradient, so divided by its size: see AdamW
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    # Added to the gradient, so divided by its size: see AdamW
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     amsgrad: bool = False
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -2}

@@ -17,18 +17,19 @@ https://arxiv.org/abs/2110.02861
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class AdamW8bit(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # decoupled
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01  # decoupled
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -1}
     coarse: ClassVar = "it keeps its state in 8 bits, that of small factors in float32"

@@ -13,19 +13,20 @@ https://doi.org/10.1137/0330046
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, Within
 
 
 @dataclass(frozen=True)
 class ASGD(Optimizer):
-    lambd: float = 1e-4
-    alpha: float = 0.75
-    t0: float = 0.0  # the step after which averaging begins
-    weight_decay: float = 0.0  # added to the gradient
+    lambd: Annotated[float, NOT_NEGATIVE] = 1e-4
+    alpha: Annotated[float, Within(0, 2)] = 0.75
+    t0: Annotated[float, Within(0, 10**9)] = 0.0  # the step after which averaging begins
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # added to the gradient
 
     powers: ClassVar = {"lr": 2, "lambd": -2, "weight_decay": -2}
     averages: ClassVar = True

@@ -14,17 +14,18 @@ https://arxiv.org/abs/2302.06675
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class Lion(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.1  # decoupled
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.1  # decoupled
 
     powers: ClassVar = {"lr": 1, "weight_decay": -1}
 

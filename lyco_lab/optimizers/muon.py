@@ -21,24 +21,25 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import nn
 
 from lyco_lab.errors import nearest
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE, Within
 
 ADJUSTMENTS = ("original", "match_rms_adamw")
 
 
 @dataclass(frozen=True)
 class Muon(Optimizer):
-    momentum: float = 0.95
+    momentum: Annotated[float, SHARE] = 0.95
     nesterov: bool = True
-    eps: float = 1e-7
-    weight_decay: float = 0.01  # decoupled
-    ns_steps: int = 5
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-7
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01  # decoupled
+    ns_steps: Annotated[int, Within(1, 99)] = 5
     adjust_lr_fn: str = "original"
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -1}

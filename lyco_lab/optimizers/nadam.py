@@ -13,19 +13,20 @@ https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE, Within
 
 
 @dataclass(frozen=True)
 class NAdam(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # added to the gradient
-    momentum_decay: float = 0.004
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # added to the gradient
+    momentum_decay: Annotated[float, Within(0, 100)] = 0.004
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -2}
 

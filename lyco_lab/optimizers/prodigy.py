@@ -17,11 +17,12 @@ https://arxiv.org/abs/2306.06101
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, POSITIVE, SHARE, Within
 
 # What the package reads from the first group alone, for all of them.
 SHARED = (
@@ -37,15 +38,16 @@ SHARED = (
 
 @dataclass(frozen=True)
 class Prodigy(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    beta3: float | None = None  # None: sqrt(beta2)
-    eps: float = 1e-8
-    weight_decay: float = 0.01  # decoupled; this and the next two as its authors advise
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    beta3: Annotated[float | None, SHARE] = None  # None: sqrt(beta2)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    # Decoupled; this and the next two as its authors advise
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     use_bias_correction: bool = True
     safeguard_warmup: bool = True
-    d0: float = 1e-6
-    d_coef: float = 1.0
-    growth_rate: float | None = None  # None: as fast as it likes
+    d0: Annotated[float, POSITIVE] = 1e-6
+    d_coef: Annotated[float, POSITIVE] = 1.0
+    growth_rate: Annotated[float | None, Within(1, 1e30)] = None  # None: as fast as it likes
 
     powers: ClassVar = {"d0": 1, "eps": -1, "weight_decay": -1}
     waits: ClassVar = "the package reads d's numerator and denominator of every factor"

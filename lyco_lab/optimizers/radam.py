@@ -19,19 +19,20 @@ https://arxiv.org/abs/1908.03265
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class RAdam(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # added to the gradient
-    unrectified_lr: float = 1.0  # multiplies lr in the first steps
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # added to the gradient
+    unrectified_lr: Annotated[float, NOT_NEGATIVE] = 1.0  # multiplies lr in the first steps
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -2, "unrectified_lr": 1}
 

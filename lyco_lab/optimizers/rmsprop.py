@@ -16,19 +16,20 @@ References:
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class RMSprop(Optimizer):
-    alpha: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.0  # added to the gradient
-    momentum: float = 0.0
+    alpha: Annotated[float, SHARE] = 0.99
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0  # added to the gradient
+    momentum: Annotated[float, SHARE] = 0.0
     centered: bool = False
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -2}

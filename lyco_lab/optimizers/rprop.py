@@ -14,17 +14,21 @@ Reference: A Direct Adaptive Method for Faster Backpropagation Learning: The RPR
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE
 
 
 @dataclass(frozen=True)
 class Rprop(Optimizer):
-    etas: tuple[float, float] = (0.5, 1.2)
-    step_sizes: tuple[float, float] = (1e-6, 50.0)  # the least and the largest
+    etas: Annotated[tuple[float, float], NOT_NEGATIVE] = (0.5, 1.2)
+    step_sizes: Annotated[tuple[float, float], NOT_NEGATIVE] = (
+        1e-6,
+        50.0,
+    )  # the least and the largest
 
     powers: ClassVar = {"lr": 1, "step_sizes": 1}
 

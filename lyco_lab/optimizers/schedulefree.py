@@ -13,21 +13,22 @@ Reference: The Road Less Scheduled (Defazio et al., 2024), https://arxiv.org/abs
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE, Within
 
 
 @dataclass(frozen=True)
 class ScheduleFree(Optimizer):
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    r: float = 0.0
-    weight_lr_power: float = 2.0
+    betas: Annotated[tuple[float, float], SHARE] = (0.9, 0.99)
+    eps: Annotated[float, NOT_NEGATIVE] = 1e-8
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
+    r: Annotated[float, Within(0, 10)] = 0.0
+    weight_lr_power: Annotated[float, Within(0, 10)] = 2.0
 
     powers: ClassVar = {"lr": 1, "eps": -1, "weight_decay": -1}
     averages: ClassVar = True

@@ -11,18 +11,19 @@ Reference: On the importance of initialization and momentum in deep learning (Su
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 
 from lyco_lab.optimizers.base import Optimizer
+from lyco_lab.settings import NOT_NEGATIVE, SHARE
 
 
 @dataclass(frozen=True)
 class SGD(Optimizer):
-    weight_decay: float = 0.01  # added to the gradient
-    momentum: float = 0.0
-    dampening: float = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01  # added to the gradient
+    momentum: Annotated[float, SHARE] = 0.0
+    dampening: Annotated[float, SHARE] = 0.0
     nesterov: bool = False
 
     powers: ClassVar = {"lr": 2, "weight_decay": -2}

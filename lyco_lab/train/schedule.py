@@ -23,7 +23,7 @@ from lyco_lab.config import Train
 
 def share(settings: Train, step: int) -> float:
     """Of each learning rate, at this step of the optimizer."""
-    warmup = settings.warmup_steps
+    warmup = settings.warmup
     if step < warmup:
         return min(1.0, (step + 1) / warmup)
     if settings.schedule == "constant":
