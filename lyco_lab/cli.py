@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lyco_lab.errors import Interrupted, UserError
+from lyco_lab.console import LEVELS, Commands, Once, console, set_log_level, show_table
+from lyco_lab.errors import Interrupted, UserError, nearest, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,11 +23,21 @@ if TYPE_CHECKING:
     from lyco_lab.config import Study
     from lyco_lab.engines.local import Outcome
 
+log = logging.getLogger(__name__)
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train, generate, evaluate and compare adapters of Stable Diffusion.",
+)
+# What `verify` knows, said here as importing it takes seconds; a test compares.
+ADAPTERS = (
+    "boft, dora, dylora, glora, ia3, locon, loha, lokr, lokr-factored, lora, native, norm, oft, "
+    "tlora, tucker"
+)
+OPTIMIZERS = (
+    "adadelta, adafactor, adagrad, adam, adamax, adamw, adamw8bit, asgd, lion, muon, nadam, "
+    "prodigy, radam, rmsprop, rprop, schedulefree, sgd"
 )
 Folder = Annotated[Path, typer.Option("--out", help="Where runs are kept.")]
 
@@ -40,7 +51,8 @@ def exit_codes(*, kept: bool = True) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        log.debug("where the error comes from", exc_info=error)
+        typer.echo(f"error: {one_line(' '.join(str(error).split()))}", err=True)
         raise typer.Exit(2) from None
     except (KeyboardInterrupt, Interrupted) as error:
         said = f"{error}. " if isinstance(error, Interrupted) else ""
@@ -50,7 +62,44 @@ def exit_codes(*, kept: bool = True) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(version("lyco-lab"))
+        raise typer.Exit
+
+
+def _log_level(level: str | None) -> str | None:
+    if level is not None and level not in LEVELS:
+        raise typer.BadParameter(
+            f"{level!r}, needs one of {', '.join(LEVELS)}{nearest(level, LEVELS)}"
+        )
+    return level
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_version, help="Print the version alone."
+        ),
+    ] = False,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            callback=_log_level,
+            help=f"Messages to stderr, of libraries too: {', '.join(LEVELS)}. With debug, each "
+            "file that is read or written, and where an error comes from.",
+        ),
+    ] = None,
+) -> None:
+    """Options of every command, given before its name."""
+    set_log_level(log_level)
+
+
+@app.command(cls=Once)
 def run(
     study: Annotated[Path, typer.Argument(help="A study's folder, as experiments/demo.")],
     settings: Annotated[
@@ -74,19 +123,19 @@ def run(
 ) -> None:
     """Train, generate and evaluate what a study asks for, then compare. Skips what is done."""
     with exit_codes():
-        console = _console()
+        screen = console()
         loaded = _load(study, settings, wandb)
-        _show_plan(console, loaded, out, full=dry_run, fold=fold)
+        _show_plan(screen, loaded, out, full=dry_run, fold=fold)
         if dry_run:
             return
         from lyco_lab.engines.local import run_study, suggested_workers
 
         workers = workers or suggested_workers(loaded)
-        outcome = run_study(loaded, out, console.print, workers, fold=fold)
-        _show_outcome(console, loaded, outcome, out)
+        outcome = run_study(loaded, out, screen.print, workers, fold=fold)
+        _show_outcome(screen, loaded, outcome, out)
 
 
-@app.command()
+@app.command(cls=Once)
 def report(
     study: Annotated[Path, typer.Argument(help="A study whose runs are done.")],
     settings: Annotated[
@@ -99,10 +148,10 @@ def report(
         from lyco_lab.engines.local import conclude
 
         loaded = _load(study, settings, None)
-        _show_outcome(_console(), loaded, conclude(loaded, out), out)
+        _show_outcome(console(), loaded, conclude(loaded, out), out)
 
 
-@app.command()
+@app.command(cls=Once)
 def check(
     runs: Annotated[
         list[str] | None, typer.Argument(help="Runs, by name or folder. [all of them]")
@@ -137,7 +186,7 @@ def check(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Once)
 def world(
     out: Annotated[Path, typer.Argument(help="A folder, new or written by this command before.")],
     count: Annotated[int, typer.Option(min=1, help="Pictures of the pretraining world.")] = 1000,
@@ -151,7 +200,7 @@ def world(
         typer.echo(f"{count} pictures in {out / 'world'}, and the concepts in {out / 'concepts'}")
 
 
-@app.command()
+@app.command(cls=Once)
 def pretrain(
     out: Annotated[Path, typer.Argument(help="Where the weights and their quality table go.")],
     quick: Annotated[bool, typer.Option("--quick", help="The same code, for a minute.")] = False,
@@ -164,17 +213,22 @@ def pretrain(
         typer.echo(as_text(make(out, quick=quick)))
 
 
-@app.command()
+@app.command(cls=Once)
 def verify(
     settings: Annotated[
         list[str] | None, typer.Argument(help="key=value of every run, as train.batch_size=2.")
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help="Names, as lora,locon,loha: lora alone if not given.")
+        str | None,
+        typer.Option(help=f"Of {ADAPTERS}; several as lora,locon. [lora]"),
     ] = None,
-    optimizer: Annotated[str | None, typer.Option(help="Likewise: adamw if not given.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help=f"Of {OPTIMIZERS}; several as adamw,lion. [adamw]")
+    ] = None,
     gamma: Annotated[str, typer.Option(help="Numbers, as 2^-6,0.03.")] = "2^-12",
-    dtype: Annotated[str | None, typer.Option(help="Of the frozen weights: fp32,bf16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the frozen weights: fp32, bf16. [fp32]")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="The folder of a diffusers model.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Of each training: 50 if not given.")
@@ -202,11 +256,11 @@ def verify(
         cases = ask(
             adapter, optimizer, gamma, dtype, model, steps, carry, keep, settings or [], whole
         )
-        if not show(cases, _console(), workers, as_json=as_json, out=out):
+        if not show(cases, console(), workers, as_json=as_json, out=out):
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=Once)
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One object of JSON.")] = False,
     out: Folder = Path("runs"),
@@ -223,12 +277,12 @@ def doctor(
         if as_json:
             typer.echo(written(checks))
         else:
-            show(checks, _console())
+            show(checks, console())
         if not works(checks):
             raise typer.Exit(1)
 
 
-@app.command("import-config")
+@app.command("import-config", cls=Once)
 def import_config(
     file: Annotated[Path, typer.Argument(help="A training TOML of sd-scripts.")],
     out: Annotated[
@@ -264,17 +318,8 @@ def _load(study: Path, settings: list[str] | None, wandb: str | None) -> "Study"
     return load_study(study, overrides + ([f"wandb.mode={wandb}"] if wandb else []))
 
 
-def _console() -> "Console":
-    from rich.console import Console
-
-    # A pipe or a log has no width of its own, and 80 columns would cut the tables.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fold: bool) -> None:
+def _show_plan(screen: "Console", study: "Study", root: Path, *, full: bool, fold: bool) -> None:
     """Check every run, and say what it will do: a line, or a table of all."""
-    from rich.table import Table
-
     from lyco_lab.costs import estimates
     from lyco_lab.dry_run import plan
     from lyco_lab.fold import Folding, folding, in_pairs
@@ -288,85 +333,80 @@ def _show_plan(console: "Console", study: "Study", root: Path, *, full: bool, fo
     folded = folding(study, root) if fold else Folding(len(plans), len(plans))
     training = [p for p in plans if p.run.name not in folded.folds]
     begin = starts([p.run for p in training], root, in_pairs(study)) if fold else {}
-    console.print(f"[bold]{study.name}[/]: {study.question}")
-    console.print(f"{folded.sentence} (in {root})", end="\n" if full else "; ")
+    screen.print(study.name, style="bold", end="")
+    screen.print(f": {one_line(study.question)}")
+    screen.print(f"{folded.sentence} (in {root})", end="\n" if full else "; ")
     if begin:
         went = f"{len(begin)} go{'es' if len(begin) == 1 else ''} on from a shorter one"
-        console.print(went, end="\n" if full else "; ")
+        screen.print(went, end="\n" if full else "; ")
     params = sum(p.params for p in training)
     if not full:
-        console.print(f"{params:,} trained parameters in all")
+        screen.print(f"{params:,} trained parameters in all")
         return
-    table = Table(box=None, pad_edge=False)
-    table.add_column("run", no_wrap=True)
-    columns = ["layers", "parameters", "images x repeats", "steps x batch", "epochs", "done"]
+    columns = ["run", "layers", "parameters", "images x repeats", "steps x batch", "epochs", "done"]
     taken = {name: f"{each.source.name}, {each.how}" for name, each in folded.folds.items()}
     taken |= {name: each.sentence for name, each in begin.items()}
-    for title in columns + ["takes"] * bool(taken):
-        table.add_column(title, justify="right")
+    columns += ["takes"] * bool(taken)
+    rows = []
     for p in plans:
         train = p.run.train
-        table.add_row(
+        per_step, samples = train.samples_per_step, p.samples_per_epoch
+        row = [
             p.run.name,
             " + ".join(f"{count} {part}" for part, count in p.layers.items()),
             f"{p.params:,}",
-            f"{p.images} x {p.samples_per_epoch / p.images:g} = {p.samples_per_epoch}"
-            if p.images
-            else "?",
-            f"{train.steps} x {train.samples_per_step} = {train.steps * train.samples_per_step}",
+            f"{p.images} x {samples / p.images:g} = {samples}" if p.images else "?",
+            f"{train.steps} x {per_step} = {train.steps * per_step}",
             f"{p.epochs:.3g}" if p.images else "?",
             ", ".join(p.stages_done(root)) or "-",
-            *([taken.get(p.run.name, "")] if taken else []),
-        )
-    console.print(table)
+        ]
+        rows.append(row + [taken.get(p.run.name, "")] * bool(taken))
+    show_table(screen, columns, rows)
     for line in dict.fromkeys(line for p in plans for line in p.report):
-        console.print(line, markup=False)
-    console.print(f"{params:,} trained parameters in all")
+        screen.print(line)
+    screen.print(f"{params:,} trained parameters in all")
     for each in folded.folds.values():
-        console.print(each.sentence)
+        screen.print(each.sentence)
     narrowed = max(p.narrowed for p in plans)
     if narrowed:
-        console.print(
+        screen.print(
             f"up to {narrowed} of a run's layers are narrower than its rank: there the rank is "
             "what they allow, with the same gamma"
         )
-    console.print(f"expected: {study.expectation}")
+    screen.print(f"expected: {one_line(study.expectation)}")
     for line in estimates(study, training, {name: each.steps for name, each in begin.items()}):
-        console.print(line)
+        screen.print(line)
     if lack:
         if lack.models:
-            console.print("layers and parameters are those of the model's family, by configuration")
+            screen.print("layers and parameters are those of the model's family, by configuration")
         raise UserError(f"missing: {'; '.join(lack.said)}")
 
 
-def _show_outcome(console: "Console", study: "Study", outcome: "Outcome", root: Path) -> None:
+def _show_outcome(screen: "Console", study: "Study", outcome: "Outcome", root: Path) -> None:
     """The results as a table, the verdict on each pair, and where everything is."""
-    from rich.table import Table
-
     results = outcome.results
     errors = [column for column in results if f"{column}_se" in results]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("\n\nrun", no_wrap=True)
-    for column in ("concept", *errors):
-        table.add_column(column.replace("_", "\n"), justify="right", vertical="bottom")
-    for row in results.to_dict("records"):
-        cells = ["-" if row[c] != row[c] else f"{row[c]:.3g}" for c in errors]
-        table.add_row(str(row["run"]), str(row["concept"]), *cells)
-    console.print(table)
+    titles = ["run", "concept", *(column.replace("_", "\n") for column in errors)]
+    rows = [
+        [str(row["run"]), str(row["concept"])]
+        + ["-" if row[c] != row[c] else f"{row[c]:.3g}" for c in errors]
+        for row in results.to_dict("records")
+    ]
+    show_table(screen, titles, rows, fixed=2)
     for verdict in outcome.verdicts:
         colour = "green" if verdict.equal else "red"
-        console.print(f"[{colour}]gamma pair[/] {verdict.sentence}")
+        screen.print("gamma pair", style=colour, end=" ")
+        screen.print(verdict.sentence)
     for each in outcome.compared:
         colour = {True: "green", False: "red", None: "default"}[each.holds]
-        console.print(f"[{colour}]trained apart[/] {each.sentence}")
+        screen.print("trained apart", style=colour, end=" ")
+        screen.print(each.sentence)
     if any(run.wandb.mode == "offline" for run in study.runs):
-        console.print(f"W&B, offline: to upload, wandb sync {root}/*/wandb/offline-run-*")
-    console.print(f"report: {outcome.report}")
+        screen.print(f"W&B, offline: to upload, wandb sync {root}/*/wandb/offline-run-*")
+    screen.print(f"report: {outcome.report}")
 
 
 def main() -> None:
-    """The entry point of `lyco-lab`. What libraries say of themselves is kept off the screen."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    """The entry point of `lyco-lab`."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels not asked for
     app(prog_name="lyco-lab")

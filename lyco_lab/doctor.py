@@ -514,4 +514,6 @@ def show(checks: Iterable[Check], console: "Console") -> None:
         table.add_row(Text(check.state, style=colours[check.state]), Text(check.name), found)
     console.print(table)
     broken = [check.name for check in checks if check.state == BROKEN]
-    console.print(f"\n[red]broken:[/] {', '.join(broken)}" if broken else "\nRuns can be made.")
+    if broken:
+        console.print("\nbroken:", style="red", end=" ")
+    console.print(", ".join(broken) if broken else "\nRuns can be made.")

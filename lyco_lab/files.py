@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import stat
@@ -19,7 +20,20 @@ from typing import IO
 
 from lyco_lab.errors import UserError
 
-UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ELOOP}
+log = logging.getLogger(__name__)
+UNWRITABLE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+    errno.EOPNOTSUPP,
+    errno.EISDIR,
+    errno.EIO,
+}
 FULL = {errno.ENOSPC, errno.EDQUOT}
 LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
 LOCK = ".lock"  # held, in a folder, by the process that works on it
@@ -51,6 +65,7 @@ def atomic(path: Path, *, durable: bool = True) -> Iterator[Path]:
                 with open(temporary / path.name, "rb") as written:
                     os.fsync(written.fileno())
             os.replace(temporary / path.name, path)
+            log.debug("wrote %s", path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -64,11 +79,11 @@ def writing(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
-        if number in FULL or _nearly_full(folder):
+        if number in FULL or (number is None and _nearly_full(folder)):
             raise UserError(
                 f"no space left to write in {folder}: free some and run the same command again"
             ) from error
-        if number in UNWRITABLE:
+        if number in UNWRITABLE or (number == errno.ENOENT and _not_to_be_made(folder, error)):
             reason = os.strerror(number).lower() if number else str(error)
             raise UserError(f"cannot write in {folder}: {reason}; choose another folder") from error
         raise
@@ -137,4 +152,11 @@ def _open_lock(folder: Path) -> IO[bytes]:
 
 def _nearly_full(folder: Path) -> bool:
     existing = next((p for p in (folder, *folder.parents) if p.is_dir()), Path("/"))
-    return shutil.disk_usage(existing).free < LEAST_FREE_BYTES
+    usage = shutil.disk_usage(existing)
+    return usage.total > 0 and usage.free < LEAST_FREE_BYTES  # /proc has no size
+
+
+def _not_to_be_made(folder: Path, error: Exception) -> bool:
+    """Whether it is `folder`, or one above it, that could not be made, as in /proc."""
+    name = getattr(error, "filename", None)
+    return name is not None and Path(name) in (folder, *folder.parents) and not folder.exists()

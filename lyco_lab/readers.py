@@ -10,6 +10,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import stat
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 MIB = 2**20
 TEXT_BYTES = 64 * MIB  # of JSON, CSV, YAML and TOML
 TABLE_BYTES = 2**32  # of Parquet and Arrow
@@ -62,6 +64,7 @@ def regular(path: Path, most_bytes: int | None = None) -> Path:
 
 def read_bytes(path: Path, most_bytes: int = TEXT_BYTES) -> bytes:
     """The file's bytes. What has no size of its own, as in /proc, is cut off by the limit too."""
+    log.debug("read %s", path)
     with _reading(path), open(regular(path, most_bytes), "rb") as file:
         content = read_at_most(file, most_bytes + 1)
     if len(content) > most_bytes:

@@ -1,9 +1,10 @@
 """Processes that work side by side, each with its share of the processor's cores."""
 
-import logging
 import os
 import threading
 import time
+
+from lyco_lab.console import set_log_level
 
 
 def cores() -> int:
@@ -17,7 +18,7 @@ def begin(threads: int, parent: int) -> None:
     """Set a worker up: the threads it computes with, and the process that it dies with."""
     import torch  # here, as `cores` is asked without it
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels not asked for
+    set_log_level(None)
     torch.set_num_threads(threads)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 

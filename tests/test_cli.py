@@ -1,6 +1,9 @@
 """The command line: quick help, exit codes, one line for a mistake, a plan before any work."""
 
+import io
+import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,14 +12,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from lyco_lab import cli
+from lyco_lab import cli, console
+from lyco_lab.adapters import ADAPTERS
 from lyco_lab.analyse.gamma_pair import compare
 from lyco_lab.data import folder
 from lyco_lab.engines import local
 from lyco_lab.errors import Interrupted, UserError
+from lyco_lab.optimizers import OPTIMIZERS
 from lyco_lab.record import STAGES, Record
+from lyco_lab.verify.case import VARIANTS
 from tests.data import pictures
 
 ROOT = Path(__file__).parents[1]
@@ -399,3 +406,78 @@ def test_an_engine_refuses_before_it_begins(study, tmp_path):
 def _draws(pid: int) -> bool:
     """Whether the process has loaded what it draws with, which it does last."""
     return "_imaging" in Path(f"/proc/{pid}/maps").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--log-level", "debg", "doctor"], "did you mean 'debug'?"),
+        (["verify", "--gamma", "1", "--gamma", "2"], "--gamma is given twice: leave one out"),
+        (["run", "x", "--fold", "--no-fold"], "--fold is given twice"),
+        (["run"], "Missing argument"),
+        (["rnu"], "No such command"),
+        (["run", "x", "--ot", "y"], "No such option"),
+        (["world", "x", "--count", "many"], "valid integer"),
+        (["pretrain", "/proc/x"], "cannot write in /proc/x-work: no such file or directory"),
+        (["run", "a" * 5000], "is not a study"),
+        (["run", "\x1b[31m"], r"\x1b[31m is not a study"),
+    ],
+)
+def test_a_command_that_is_called_wrongly(lyco_lab, words, part):
+    done = lyco_lab(*words)
+    assert done.exit_code == 2 and part in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_the_version(lyco_lab):
+    done = lyco_lab("--version")
+    assert done.exit_code == 0 and re.fullmatch(r"\d+\.\d+\.\d+\S*\n", done.stdout)
+
+
+def test_what_is_read_as_markup_elsewhere_is_shown_as_it_stands(lyco_lab, study):
+    text = (study / "study.yaml").read_text()
+    odd = r'"Is [/] or [red]x[/red] :smile: \\[ \a fine?"'
+    text = text.replace("Does it work?", odd)
+    (study / "study.yaml").write_text(text.replace("It does.", "'[bold] [/b]'"))
+    done = lyco_lab("run", study, "--dry-run")
+    assert done.exit_code == 0, done.output
+    shown = " ".join(done.stdout.split())
+    assert r"mine: Is [/] or [red]x[/red] :smile: \[ \x07 fine?" in shown
+    assert "expected: [bold] [/b]" in shown
+
+
+def test_the_level_of_messages_says_what_is_read_and_where_errors_come_from(
+    lyco_lab, study, caplog, monkeypatch
+):
+    for name in (console.LEVEL_VARIABLE, "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    level = logging.getLogger().level
+    monkeypatch.setattr(logging, "basicConfig", lambda **how: logging.getLogger().setLevel(
+        how["level"]))  # fmt: skip
+    try:
+        for wanted in ("info", "debug"):
+            caplog.clear()
+            done = lyco_lab("--log-level", wanted, "run", study, "train.steps=x")
+            assert done.exit_code == 2 and done.stderr.count("\n") == 1
+            assert (f"read {study / 'study.yaml'}" in caplog.text) == (wanted == "debug")
+            assert ("Traceback" in caplog.text) == (wanted == "debug")
+    finally:
+        logging.getLogger().setLevel(level)
+
+
+def test_tables_are_never_cut(capsys):
+    titles = ["run", *(f"column {i}" for i in range(20)), "very" * 30]
+    rows = [["a-long-name-of-a-run" * 2, *(f"{i}.{i}{i}" for i in range(20)), "[/]"]]
+    screen = Console(width=60, markup=False, emoji=False, file=io.StringIO())
+    console.show_table(screen, titles, rows)
+    shown = screen.file.getvalue()
+    assert "…" not in shown and all(len(line.rstrip()) <= 60 for line in shown.splitlines())
+    for cell in (*titles[:-1], *rows[0]):
+        assert cell in shown
+    assert shown.count(rows[0][0]) > 2  # which run a value is of is said in each part
+    assert "".join(shown.split()).count("very") == 30
+
+
+def test_help_lists_what_verify_knows():
+    assert cli.ADAPTERS.split(", ") == sorted({*ADAPTERS, *VARIANTS})
+    assert cli.OPTIMIZERS.split(", ") == sorted(OPTIMIZERS)

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from lyco_lab.errors import UserError
+from lyco_lab.files import writing
 from lyco_lab.miniature import judges
 from lyco_lab.miniature.pretrain import (
     assemble,
@@ -38,7 +39,8 @@ def pretrain(out: Path, *, quick: bool = False, say: Say = print) -> dict[str, o
     if (out / "model_index.json").exists():
         raise UserError(f"{out} already holds a model: name another folder")
     recipe, work = (QUICK, FULL)[not quick], out.with_name(out.name + "-work")
-    work.mkdir(parents=True, exist_ok=True)
+    with writing(work):
+        work.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     say(f"pictures: {recipe.pictures + recipe.concept_pictures} to draw, then kept in {work}")
     material.training(work, recipe)
