@@ -92,11 +92,11 @@ class Once(TyperCommand):
 class Commands(TyperGroup):
     """The commands. A mistake in how one is called is one line and exit 2, as any other is."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **kwargs: Any) -> Any:
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **kwargs)
+    def main(self, *args: Any, **options: Any) -> Any:
+        if not options.pop("standalone_mode", True):
+            return super().main(*args, **{**options, "standalone_mode": False})
         try:
-            code = super().main(*args, standalone_mode=False, **kwargs)
+            code = super().main(*args, **{**options, "standalone_mode": False})
         except Exception as error:
             if not hasattr(error, "format_message"):  # no error of the command line's own
                 raise

@@ -13,7 +13,7 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from types import UnionType
-from typing import Any, Generic, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 from lyco_lab.errors import UserError, nearest
 
@@ -107,6 +107,8 @@ def check_type(where: str, value: Any, annotation: Any) -> None:
 
     A whole number is a number too, and a list of numbers stands for a tuple of them.
     """
+    if get_origin(annotation) is Annotated:
+        annotation = annotation.__origin__  # without the range declared beside it
     choices = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     if any(_is_of(value, choice) for choice in choices):
         return
