@@ -290,7 +290,7 @@ def import_config(
     ] = None,
     epoch_steps: Annotated[
         float | None,
-        typer.Option(min=1, help="Steps of an epoch, where the images cannot be counted."),
+        typer.Option(min=1, max=1e8, help="Steps of an epoch, if images cannot be counted."),
     ] = None,
 ) -> None:
     """Write the study that a training TOML describes, and list what it could not carry over."""

@@ -118,6 +118,20 @@ def sweep(folder: Path) -> None:
             shutil.rmtree(stale, ignore_errors=True)
 
 
+def cell(value: object) -> object:
+    """A value as it may stand in a CSV file: text that a spreadsheet would compute is quoted.
+
+    =1+1 becomes '=1+1, as do texts that begin with +, -, @ and blanks before them; a number stays.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(("=", "+", "-", "@")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def digest_of(path: Path) -> str:
     """The file's bytes as 32 hex digits of BLAKE2b, whatever its size in constant memory."""
     with open(path, "rb") as file:

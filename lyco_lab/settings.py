@@ -105,7 +105,7 @@ def check(thing: Any, where: str = "") -> None:
 
 def check_value(cls: type, name: str, key: str, value: object) -> None:
     """Raise an error unless `value` may be the value of the field `name`; `key` names it."""
-    _check_text(key, value)
+    check_text(key, value)
     if (numbers := within(cls, name)) is not None:
         numbers.check(key, value)
     if isinstance(value, str) and is_path(cls, name):
@@ -127,6 +127,8 @@ def without_folders(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
             cut[name] = without_folders(value, hints[name])
         elif name in hints and is_path(cls, name):
             cut[name] = None if value is None else Path(value).name
+        elif name in hints and isinstance(value, str):
+            cut[name] = value
         else:
             cut[name] = _last_parts(value)
     return cut
@@ -157,14 +159,15 @@ def _numbers(value: object) -> Iterator[float]:
             yield item
 
 
-def _check_text(key: str, value: object) -> None:
+def check_text(key: str, value: object) -> None:
+    """Raise an error for text, in `value` or what it holds, that no file or screen can hold."""
     if isinstance(value, Mapping):
         for name, item in value.items():
-            _check_text(key, name)
-            _check_text(key, item)
+            check_text(key, name)
+            check_text(key, item)
     elif isinstance(value, list | tuple):
         for item in value:
-            _check_text(key, item)
+            check_text(key, item)
     elif isinstance(value, str):
         if len(value) > LONGEST_TEXT:
             raise UserError(f"{key} is {shown(value)}, needs at most {LONGEST_TEXT:,}")

@@ -25,11 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lyco_lab import settings
 from lyco_lab.config import Run
 from lyco_lab.errors import UserError
 from lyco_lab.record import Record, digest
 
 STEP = "trainer/global_step"
+LONGEST_TAG, LONGEST_NAME = 64, 128  # characters that W&B takes
 LIBRARIES = ("lyco-lab", "torch", "diffusers", "transformers", "lightning", "wandb")
 
 
@@ -67,7 +69,7 @@ class Tracker:
         if self.wandb_run is not None:
             import wandb
 
-            artifact = wandb.Artifact(name, type=kind)
+            artifact = wandb.Artifact(name[-LONGEST_NAME:], type=kind)
             # Uploaded from where it lies; W&B would keep a second copy in the home folder. The
             # path has to be absolute for that, and is in no manifest that leaves this machine.
             artifact.add_file(str(path.absolute()), policy="immutable", skip_cache=True)
@@ -92,7 +94,7 @@ def track(
             name=run.name,
             group=group(run),
             job_type=job_type,
-            tags=tags(run),
+            tags=[tag[:LONGEST_TAG] for tag in tags(run)],
             config=described(run, facts or {}),
             mode="online" if online else "offline",
             resume="allow" if online else None,  # offline, syncing joins folders of one id
@@ -135,10 +137,7 @@ def tags(run: Run) -> list[str]:
 
 def described(run: Run, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The resolved configuration and what surrounded it, in plain values."""
-    config = run.to_dict()
-    for section, key in (("model", "path"), ("data", "folder")):
-        if config[section][key] is not None:
-            config[section][key] = Path(config[section][key]).name
+    config = settings.without_folders(run.to_dict(), Run)
     config |= {
         "config_hash": run.hash,
         "git": git_state(),

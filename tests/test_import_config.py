@@ -1,5 +1,7 @@
 """A training TOML becomes a study: every key is set, left with a reason, or without effect."""
 
+import json
+import math
 import re
 
 import pytest
@@ -360,3 +362,28 @@ def test_the_command(file, tmp_path, monkeypatch):
     assert load_study(tmp_path / "exp-a").runs[0].train.steps == 34750
     again = CliRunner().invoke(cli.app, ["import-config", str(file(PAPER))])
     assert again.exit_code == 2
+
+
+def test_a_mark_in_front_and_what_looks_like_a_reference(tmp_path, file):
+    odd = "\\${oc.env:HOME} # 010" + "x " * 900
+    lines = [f"{key} = {_toml(value)}" for key, value in (LEAST | {"output_name": "m"}).items()]
+    text = "\n".join([*lines, f"caption_prefix = {json.dumps(odd)}"])
+    path = file("")
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (run,) = import_config(path, tmp_path / "study").study.runs
+    assert run.data.prefix == odd + " "
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"network_dim": math.inf}, {"network_dim": 1e300}, {"seed": math.nan},
+        {"network_args": ["conv_dim=inf"]}, {"network_args": ["conv_dim=nan"]},
+        {"learning_rate": 1e31}, {"max_train_steps": 10**20},
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused(tmp_path, file, given):
+    ((key, value),) = given.items()
+    name = value[0].partition("=")[0] if isinstance(value, list) else key
+    with pytest.raises(UserError, match=f"{name}|train.steps"):
+        run_of(file, tmp_path, **given)

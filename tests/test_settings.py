@@ -1,19 +1,23 @@
 """What is declared beside a setting holds wherever a run is built."""
 
 import dataclasses
+import json
 import math
 import os
 import typing
 
 import pytest
 
-from lyco_lab import settings
+from lyco_lab import settings, tracking
 from lyco_lab.adapters import ADAPTERS
-from lyco_lab.config import Data, Run, Train, load_study
+from lyco_lab.config import Data, Model, Run, Train, Trainer, load_study
 from lyco_lab.config.compose import SECTIONS
 from lyco_lab.config.groups import Group
+from lyco_lab.config.training import Plugin
 from lyco_lab.errors import UserError
+from lyco_lab.files import cell
 from lyco_lab.optimizers import OPTIMIZERS
+from lyco_lab.verify.case import parse_gamma
 
 CLASSES = {
     **SECTIONS,
@@ -214,3 +218,51 @@ def test_a_base_is_a_regular_file(study, tmp_path, place):
     (study / "study.yaml").write_text(text + f'base: "{quoted}"\n')
     with pytest.raises(UserError, match="base|cannot read"):
         load_study(study)
+
+
+# Outside of this machine
+
+
+def test_only_the_last_part_of_a_path_leaves_this_machine():
+    plugin = {"class_path": "a.B", "init_args": {"dir": ["/home/me/x"], "also": {"y": "~/me/y"}}}
+    data = {"folder": "/home/me/f", "prior": "/home/me/p", "prefix": "/home is not a path"}
+    train = Train(validate_every=9, validation_folder="/home/me/v")
+    model = Model(path="/home/me/sd", tokenizer="/home/me/clip")
+    trainer = Trainer(callbacks=(Plugin(**plugin),))
+    run = Run(name="r", study="s", data=Data(**data), train=train, model=model, trainer=trainer)
+    for cls in (*SECTIONS.values(), Run):  # no path is without its mark
+        for name in settings.types_of(cls):
+            likely = any(part in name for part in ("path", "folder", "file", "dir", "toml"))
+            if (
+                likely
+                and name != "bad_files"
+                and name in {spec.name for spec in dataclasses.fields(cls)}
+            ):
+                assert settings.is_path(cls, name), name
+    shown = tracking.described(run, {})
+    assert "/home/me" not in json.dumps(shown) and "~/" not in json.dumps(shown)
+    assert shown["model"]["path"] == "sd" and shown["model"]["tokenizer"] == "clip"
+    assert shown["data"]["prior"] == "p" and shown["data"]["folder"] == "f"
+    assert shown["data"]["prefix"] == data["prefix"]
+    assert shown["train"]["validation_folder"] == "v"
+    assert shown["trainer"]["callbacks"][0]["init_args"] == {"dir": ["x"], "also": {"y": "y"}}
+    toml = Run(name="r", study="s", data=Data(toml="/home/me/d.toml"))
+    assert tracking.described(toml, {})["data"]["toml"] == "d.toml"
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        ("=1+1", "'=1+1"), ("@x", "'@x"), ("+a", "'+a"), ("-a", "'-a"), (" =1", "' =1"),
+        ("-1.5", "-1.5"), ("+2", "+2"), ("-inf", "-inf"), (-1.5, -1.5), (None, None), ("a", "a"),
+    ],
+)  # fmt: skip
+def test_no_text_in_a_table_is_a_formula(value, written):
+    assert cell(value) == written
+
+
+@pytest.mark.parametrize("text", ["1_0", "010", "2^1_0", "nan", "2^-2^3", "-1", "2^99999", "0^-1"])
+def test_gamma_is_a_decimal_number(text):
+    with pytest.raises(UserError, match="--gamma is"):
+        parse_gamma(text)
+    assert (parse_gamma("2^-12"), parse_gamma("0.03"), parse_gamma("2**3")) == (2**-12, 0.03, 8)

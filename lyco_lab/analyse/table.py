@@ -28,7 +28,7 @@ from lyco_lab.errors import UserError
 from lyco_lab.evaluate import METRICS
 from lyco_lab.evaluate.base import Metric
 from lyco_lab.evaluate.stage import CONCEPTS, METRICS_FILE, REAL, STAGE
-from lyco_lab.files import atomic
+from lyco_lab.files import atomic, cell
 from lyco_lab.integrity import BASE
 from lyco_lab.readers import read_json, read_parquet
 from lyco_lab.record import Record
@@ -69,7 +69,7 @@ def table(study: Study, root: Path) -> pd.DataFrame:
 
 def _write(frame: pd.DataFrame, path: Path) -> None:
     buffer = io.StringIO()
-    frame.to_csv(buffer, index=False, lineterminator="\n")
+    frame.map(cell).to_csv(buffer, index=False, lineterminator="\n")
     with atomic(path) as temporary:
         temporary.write_text(buffer.getvalue())
 

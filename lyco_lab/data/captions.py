@@ -5,7 +5,7 @@ A caption is a list of tags divided by a separator. A draw, in this order:
     trigger        put in front where a caption lacks it, if the rule says so
     tag dropout    each tag after the first `keep_tags` is left out with this probability
     shuffle        the tags after the first `keep_tags` change places
-    prefix, suffix around all of it, always
+    prefix, suffix around all of it, always, with a blank between where neither has one
 
 The tag that holds the trigger is neither moved nor dropped. What is drawn depends on the seed, the
 step and the place in the batch alone, and is never kept: a cache of text states holds whole
@@ -23,6 +23,7 @@ from lyco_lab.data.headers import Unusable
 from lyco_lab.errors import UserError
 
 _LINE_END = re.compile(r"\r\n|\r|\n")  # those that Python's text files have
+CLOSING = ",.;:!?)"
 LONGEST = 2**16  # bytes; no caption is longer, but a file of something else may be
 
 
@@ -88,7 +89,7 @@ class Captions:
             caption = f"{self.trigger} {caption}".strip()
         if self.drawn and rng is not None:
             caption = self._shuffled(caption, rng)
-        return f"{self.prefix}{caption}{self.suffix}"
+        return joined(joined(self.prefix, caption), self.suffix)
 
     def _shuffled(self, caption: str, rng: Generator) -> str:
         tags = [tag.strip() for tag in caption.split(self.separator)]
@@ -104,6 +105,12 @@ class Captions:
         shown = [i if fixed[i] else next(places) for i in range(len(tags))]
         left = [tags[i] for i in shown if fixed[i] or not dropped[i]]
         return f"{self.separator} ".join(left)
+
+
+def joined(before: str, after: str) -> str:
+    """Two texts as one, apart by a blank unless one has it already or `after` is punctuation."""
+    together = not before or not after or before[-1].isspace() or after[0].isspace()
+    return before + ("" if together or after[0] in CLOSING else " ") + after
 
 
 def says(caption: str, trigger: str) -> bool:

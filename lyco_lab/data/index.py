@@ -38,7 +38,7 @@ from lyco_lab.data.memo import Known, Memo
 from lyco_lab.data.scan import Folder, Lost, Stamp, pseudo, walk
 from lyco_lab.data.sources import MASK_FOLDER, MASK_SUFFIX, MOST_REPEATS, Source
 from lyco_lab.errors import UserError, one_line
-from lyco_lab.files import atomic
+from lyco_lab.files import atomic, cell
 
 SAVE_EVERY_S = 10.0  # a look at many files that is stopped loses no more than this
 # "class" and "leaf": the concept that an image is of and its sub-class, as lists or folders say;
@@ -225,10 +225,11 @@ class Index:
             for i in range(len(self)):
                 size = (int(self.width_N[i]), int(self.height_N[i]), int(self.repeats_N[i]))
                 texts = (self.text("caption", i), self.text("origin", i))
-                table.writerow([self.file(i), "used", "", *size, *texts])
+                table.writerow(map(cell, [self.file(i), "used", "", *size, *texts]))
             for status, losses in (("dropped", self.dropped), ("other", self.other)):
                 for lost in losses:
-                    table.writerow([lost.path, status, lost.reason, "", "", "", "", ""])
+                    row = [lost.path, status, lost.reason, "", "", "", "", ""]
+                    table.writerow(map(cell, row))
 
 
 def _text(path: Path) -> IO[str]:

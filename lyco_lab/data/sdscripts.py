@@ -19,6 +19,8 @@ from lyco_lab.data.buckets import Sizing
 from lyco_lab.data.captions import Captions
 from lyco_lab.data.sources import Source
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.readers import read_text
+from lyco_lab.settings import Within, check_text
 
 # Their defaults; the type of each is that of its value.
 DATASET: dict[str, Any] = {
@@ -69,6 +71,11 @@ INERT: dict[str, tuple[Any, ...]] = {
     "caption_tag_dropout_targets": (),
     "bucket_no_upscale_round": (False,),
 }
+TOML_BYTES = 2**20
+# The largest number of a key; of the others MOST_ELSE.
+MOST = {"num_repeats": 10**4, "batch_size": 2**16, "keep_tokens": 10**4}
+MOST_ELSE = 16384
+MOST_PIXELS = Within(1, 16384)
 INNERMOST = ("image_dir", "class_tokens", "is_reg")  # mean something in a subset only
 LEVELS = ("general", "datasets")
 
@@ -83,13 +90,11 @@ class Toml:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file holds."""
+    """What a TOML file holds; a byte-order mark, as editors on Windows write, is no part of it."""
+    text = read_text(path, TOML_BYTES)
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(text.replace("\r\n", "\n"))
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
         raise UserError(f"{path} is not valid TOML: {error}") from error
 
 
@@ -163,8 +168,10 @@ def _check(
         if not right:
             raise UserError(f"{path}, {where}: {key} is {value!r}, needs a value like {default!r}")
         least = 1 if key in ("batch_size", "bucket_reso_steps") else 0
-        if isinstance(value, int | float) and value < least:
-            raise UserError(f"{path}, {where}: {key} is {value!r}, needs >= {least}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            Within(least, MOST.get(key, MOST_ELSE)).check(f"{path}, {where}: {key}", value)
+        if isinstance(value, str):
+            check_text(f"{path}, {where}: {key}", value)
         if key.endswith("_rate") and value > 1:
             raise UserError(f"{path}, {where}: {key} is {value!r}, needs a number in [0, 1]")
 
@@ -187,6 +194,8 @@ def _sizing(path: Path, where: str, table: Mapping[str, Any]) -> Sizing:
             f"{path}, {where}: {bucket_keys[0]} is given, but enable_bucket is false: there are no "
             "buckets"
         )
+    for side in pair:
+        MOST_PIXELS.check(f"{path}, {where}: resolution", side)
     buckets = (values["min_bucket_reso"], values["max_bucket_reso"], values["bucket_reso_steps"])
     try:
         return Sizing(

@@ -147,7 +147,9 @@ def write(keys: Keys, name: str) -> str:
 
 
 def _line(indent: str, ours: str, value: Any, theirs: str) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000, allow_unicode=True)
+    if isinstance(value, str):
+        value = value.replace("${", "\\${")  # no reference to another setting
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     text = text.removesuffix("\n").removesuffix("\n...")
     return f"{indent}{ours}: {text} # {theirs}"
 

@@ -1,10 +1,11 @@
 """network_module, network_dim, network_args, … -> the adapter, its options, and its layers."""
 
+import math
 import re
 from typing import Any
 
 from lyco_lab.errors import UserError, nearest
-from lyco_lab.import_config.keys import Keys
+from lyco_lab.import_config.keys import MOST, Keys
 
 # Their name of an algorithm -> our kind.
 ALGOS = {
@@ -65,9 +66,12 @@ def _number(keys: Keys, arguments: Arguments, name: str) -> float | None:
     if text is None:
         return None
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
-        raise UserError(f"{keys.path}: network_args has {name}={text}, needs a number") from None
+        number = math.inf
+    if abs(number) < MOST:
+        return number
+    raise UserError(f"{keys.path}: network_args has {name}={text}, needs a number")
 
 
 def _flag(keys: Keys, arguments: Arguments, *names: str) -> bool:

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from lyco_lab.errors import UserError
+from lyco_lab.settings import shown
 
 DEFAULT = "their default"
+MOST = 1e30  # of any number; settings have ranges of their own
 
 
 @dataclass
@@ -36,7 +38,8 @@ class Keys:
                 return float(found)
             except ValueError:
                 self._refuse(key, found, "a number")
-        if isinstance(found, bool) or not isinstance(found, int | float | None):
+        wrong = isinstance(found, bool) or not isinstance(found, int | float | None)
+        if wrong or (found is not None and not abs(found) < MOST):  # nor not a number
             self._refuse(key, found, "a number")
         return found
 
@@ -93,4 +96,4 @@ class Keys:
         return self.values[key] if self.has(key) else default
 
     def _refuse(self, key: str, value: object, needed: str) -> None:
-        raise UserError(f"{self.path}: {key} is {value!r}, needs {needed}")
+        raise UserError(f"{self.path}: {key} is {shown(value)}, needs {needed}")

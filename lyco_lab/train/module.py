@@ -263,7 +263,12 @@ class Training(lightning.LightningModule):
         if (name := guard.first_factor(factors)) is not None:
             where = f"the factor {name} is not finite"
         elif batch is None:
-            where = f"the gradient of {guard.first_gradient(factors)} is not finite"
+            name = guard.first_gradient(factors)
+            where = (
+                "each gradient is finite, but their squares together exceed what float32 holds"
+                if name is None
+                else f"the gradient of {name} is not finite"
+            )
         elif (name := self._first_output(layers, batch)) is not None:
             where = f"the output of the layer {name} is not finite"
         else:

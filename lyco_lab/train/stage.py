@@ -34,6 +34,7 @@ from lyco_lab.errors import UserError
 from lyco_lab.formats import embedding, kohya
 from lyco_lab.miniature import placed
 from lyco_lab.record import Record
+from lyco_lab.settings import without_folders
 from lyco_lab.tracking import track
 from lyco_lab.train.callbacks import Norms, Rows, Samples, Saving, Stop, Validating, Watching
 from lyco_lab.train.checkpoint import Checkpoints, read
@@ -294,17 +295,15 @@ def _init_scale(run: Run, part: str, layer: str, factor: str) -> float:
 
 def metadata(run: Run, images: Dataset, samples_per_epoch: int, steps: int) -> dict[str, str]:
     """What the adapter file says of its training; no dates, so equal factors are equal files."""
-    settings, plain = run.train, run.to_dict()
-    epochs = steps * settings.samples_per_step / samples_per_epoch
-    if settings.validation_folder is not None:  # but not where it lies
-        plain["train"]["validation_folder"] = Path(settings.validation_folder).name
+    train, plain = run.train, without_folders(run.to_dict(), Run)
+    epochs = steps * train.samples_per_step / samples_per_epoch
     return {
         "ss_output_name": run.name,
         "ss_seed": str(run.seed),
         "ss_steps": str(steps),
         "ss_epoch": str(math.ceil(epochs)),
-        "ss_gradient_accumulation_steps": str(settings.accumulate),
-        "ss_learning_rate": str(settings.lr),
+        "ss_gradient_accumulation_steps": str(train.accumulate),
+        "ss_learning_rate": str(train.lr),
         "ss_optimizer": str(run.optimizer["kind"]),
         "ss_num_train_images": str(samples_per_epoch),
         "ss_sd_model_name": Path(run.model.path).name,

@@ -4,8 +4,10 @@ The runs are short, but nothing in them is idle: learning rates at which W' move
 stably, decay, gradients that are clipped, a warm-up, an eps that shows.
 """
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -16,6 +18,7 @@ from lyco_lab.config.checks import choose
 from lyco_lab.config.compose import Layer, build, check_keys, nest, parse_overrides
 from lyco_lab.config.groups import PLAIN, Group
 from lyco_lab.config.run import PRECISIONS
+from lyco_lab.config.values import number as decimal
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.gamma import (
     CARRIERS,
@@ -270,11 +273,13 @@ def _check_settings(given: dict[str, Any]) -> None:
 
 def parse_gamma(text: str) -> float:
     """ "2^-12" or "0.03"."""
-    number, caret, power = text.strip().replace("**", "^").partition("^")
-    try:
-        value = float(number) ** float(power) if caret else float(number)
-    except (ValueError, OverflowError, ZeroDivisionError):
-        value = math.nan
+    parts = [decimal(part) for part in text.strip().replace("**", "^").split("^")]
+    value: Any = math.nan
+    if None not in parts and len(parts) <= 2:
+        try:
+            value = functools.reduce(operator.pow, (float(part or 0) for part in parts))
+        except (OverflowError, ZeroDivisionError):
+            value = math.inf
     if not (isinstance(value, float) and math.isfinite(value) and value > 0):
         raise UserError(f"--gamma is {text!r}, needs a finite number > 0, as 0.03 or 2^-6")
     return value

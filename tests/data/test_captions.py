@@ -58,6 +58,20 @@ def test_the_trigger_is_added_where_it_lacks_and_all_is_framed():
 
 
 @pytest.mark.parametrize(
+    ("prefix", "suffix", "said"),
+    [
+        ("a photo of", "in oil", "a photo of a dog in oil"),
+        ("a photo of ", " in oil", "a photo of a dog in oil"),
+        ("a photo,\n", "\tin oil", "a photo,\na dog\tin oil"),
+        ("a photo of", ", sharp", "a photo of a dog, sharp"),
+        ("", "", "a dog"),
+    ],
+)
+def test_a_blank_is_between_a_caption_and_what_frames_it(prefix, suffix, said):
+    assert Captions(prefix=prefix, suffix=suffix).draw("a dog") == said
+
+
+@pytest.mark.parametrize(
     ("caption", "found"),
     [("a sks dog", True), ("SKS", True), ("sksy dog", False), ("a sks-dog", False), ("", False)],
 )

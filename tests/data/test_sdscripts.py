@@ -139,7 +139,14 @@ def test_every_key_is_known_once():
         (one(num_repeats="true"), "num_repeats is True, needs a value like 1"),
         (one(shuffle_caption=1), "shuffle_caption is 1, needs a value like False"),
         (one(caption_dropout_rate=1.5), r"caption_dropout_rate is 1.5, needs a number in \[0, 1\]"),
-        (one(num_repeats=-1), "num_repeats is -1, needs >= 0"),
+        (one(num_repeats=-1), "num_repeats is -1, needs a number from 0 to 10,000"),
+        (one(num_repeats=9 * 10**18), "subset 1: num_repeats is 9000000000000000000, needs a"),
+        (one(num_repeats="1" + "0" * 5000), "not valid TOML"),
+        (one(keep_tokens=10**9), "keep_tokens is 1000000000, needs a number from 0"),
+        (one(caption_prefix='"\\u0000"'), "caption_prefix is .*, needs text"),
+        ("x = " + "[" * 20000, "not valid TOML"),
+        ("[general]\nbatch_size = 1000000000\n" + one(), "batch_size is 1000000000, needs a"),
+        ("[general]\nresolution = [512, 1000000000]\n" + one(), "resolution is 1000000000, needs"),
         (one(keep_tokens=2), "neither shuffled nor dropped"),
         (one(resolution=512), "resolution belongs one level up"),
         ("[general]\nimage_dir = 'x'\n" + one(), "image_dir belongs in a"),
@@ -161,6 +168,19 @@ def test_every_key_is_known_once():
 def test_files_that_are_refused(toml, text, message):
     with pytest.raises(UserError, match=message):
         toml(text)
+
+
+def test_a_mark_that_editors_on_windows_put_in_front_is_no_part_of_a_file(toml, tmp_path):
+    plain = toml(one(num_repeats=3))
+    marked = b"\xef\xbb\xbf" + (tmp_path / "dataset.toml").read_bytes().replace(b"\n", b"\r\n")
+    (tmp_path / "marked.toml").write_bytes(marked)
+    assert read(tmp_path / "marked.toml") == plain
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/proc/self"])
+def test_a_device_or_folder_is_no_file(path):
+    with pytest.raises(UserError, match=f"cannot read {path}"):
+        read(Path(path))
 
 
 def test_a_file_that_is_not_there(tmp_path):

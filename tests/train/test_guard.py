@@ -122,3 +122,14 @@ def test_of_several_micro_batches_the_bad_one_is_looked_into(begin, monkeypatch)
         train(run, record)
     assert seen == [[0], [0]]  # in the step, and when it was looked for
     assert len((record.path / "train" / "metrics.csv").read_text().splitlines()) == 1 + 2
+
+
+def test_gradients_that_overflow_together_are_said_to(begin, monkeypatch):
+    def grow(module):
+        for factor in module.factors().values():
+            factor.register_hook(lambda gradient: gradient * 0 + 1e37)
+
+    after_step(monkeypatch, 2, grow)
+    run, record = begin(grad_clip=1.0)
+    with pytest.raises(UserError, match="each gradient is finite, but their squares together"):
+        train(run, record)
