@@ -1,19 +1,23 @@
 """The command line. What is heavy is imported by the command that needs it, and only then.
 
-Exit codes: 0 done, 2 a mistake in what was asked (one line on stderr), 130 interrupted.
+Exit codes: 0 done, 1 runs that failed or a claim that does not hold, 2 a mistake in what was asked
+(one line on stderr), 130 and 143 interrupted by SIGINT (Ctrl-C) and by SIGTERM.
 """
 
 import contextlib
 import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lyco_lab import interrupts
 from lyco_lab.console import LEVELS, Commands, Once, console, set_log_level, show_table
 from lyco_lab.errors import Interrupted, UserError, nearest, one_line
 
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 
     from lyco_lab.config import Study
     from lyco_lab.engines.local import Outcome
+    from lyco_lab.states import Missing
 
 log = logging.getLogger(__name__)
 app = typer.Typer(
@@ -44,10 +49,16 @@ Folder = Annotated[Path, typer.Option("--out", help="Where runs are kept.")]
 
 @contextlib.contextmanager
 def exit_codes(*, kept: bool = True) -> Iterator[None]:
-    """A mistake is one line and exit 2; an interruption says how to go on and exits 130.
+    """A mistake is one line and exit 2; an interruption says how to go on and exits 130 or 143.
 
     `kept`: whether the same command goes on where it was interrupted.
     """
+    with interrupts.answering(interrupts.stop, interrupts.end_soon), _exit_codes(kept):
+        yield
+
+
+@contextlib.contextmanager
+def _exit_codes(kept: bool) -> Iterator[None]:
     try:
         yield
     except UserError as error:
@@ -58,8 +69,11 @@ def exit_codes(*, kept: bool = True) -> Iterator[None]:
         said = f"{error}. " if isinstance(error, Interrupted) else ""
         command = shlex.join(["lyco-lab", *sys.argv[1:]])
         then = "What is done is kept; to go on" if kept else "To begin again"
-        typer.echo(f"\ninterrupted: {said}{then}: {command}", err=True)
-        raise typer.Exit(130) from None
+        number = getattr(error, "number", signal.SIGINT)
+        by = " by SIGTERM" if number == signal.SIGTERM else ""
+        typer.echo(f"\ninterrupted{by}: {said}{then}: {command}", err=True)
+        interrupts.end_now()
+        raise typer.Exit(interrupts.exit_code(number)) from None
 
 
 def _version(asked: bool) -> None:
@@ -119,20 +133,51 @@ def run(
         bool,
         typer.Option("--fold/--no-fold", help="Train once what runs share, or each run by itself."),
     ] = True,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Runs of which the name matches, as 'lora-*'; can be given repeatedly."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many of the runs that are not done.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try runs again that failed before.")
+    ] = False,
     out: Folder = Path("runs"),
 ) -> None:
-    """Train, generate and evaluate what a study asks for, then compare. Skips what is done."""
+    """Train, generate and evaluate what a study asks for, then compare. Skips what is done.
+
+    A run fails alone: the others go on. Exits 1 if runs failed, 130 or 143 if it was interrupted.
+    """
     with exit_codes():
         screen = console()
         loaded = _load(study, settings, wandb)
-        _show_plan(screen, loaded, out, full=dry_run, fold=fold)
+        from lyco_lab.engines.local import select
+
+        chosen = tuple(select(loaded, only or ()))
+        _show_plan(screen, replace(loaded, runs=chosen), out, full=dry_run, fold=fold)
         if dry_run:
             return
-        from lyco_lab.engines.local import run_study, suggested_workers
+        from lyco_lab.engines.local import lacking, run_study, suggested_workers
 
-        workers = workers or suggested_workers(loaded)
-        outcome = run_study(loaded, out, screen.print, workers, fold=fold)
+        names = {each.name for each in chosen}
+        try:
+            outcome = run_study(
+                loaded,
+                out,
+                screen.print,
+                workers or suggested_workers(loaded),
+                fold=fold,
+                only=only or (),
+                limit=limit,
+                retry_failed=retry_failed,
+            )
+        except (KeyboardInterrupt, Interrupted):
+            _show_failed([each for each in lacking(loaded, out) if each.name in names])
+            raise
         _show_outcome(screen, loaded, outcome, out)
+        if _show_failed([each for each in outcome.missing if each.name in names]):
+            raise typer.Exit(1)
 
 
 @app.command(cls=Once)
@@ -143,12 +188,20 @@ def report(
     ] = None,
     out: Folder = Path("runs"),
 ) -> None:
-    """Write the tables and the page of a finished study again, from its runs' folders."""
+    """Write the tables and the page of a study again, from the folders of its runs.
+
+    Runs that are not done are listed. Exits 1 if some of them failed, 2 if no run is done.
+    """
     with exit_codes():
         from lyco_lab.engines.local import conclude
 
         loaded = _load(study, settings, None)
-        _show_outcome(console(), loaded, conclude(loaded, out), out)
+        outcome = conclude(loaded, out)
+        if outcome.report is None:
+            raise UserError(f"no run of {loaded.name!r} is evaluated in {out}: run the study first")
+        _show_outcome(console(), loaded, outcome, out)
+        if _show_failed(outcome.missing):
+            raise typer.Exit(1)
 
 
 @app.command(cls=Once)
@@ -384,6 +437,9 @@ def _show_plan(screen: "Console", study: "Study", root: Path, *, full: bool, fol
 
 def _show_outcome(screen: "Console", study: "Study", outcome: "Outcome", root: Path) -> None:
     """The results as a table, the verdict on each pair, and where everything is."""
+    if outcome.report is None:
+        screen.print("no run is done, so there are no tables and no page")
+        return
     results = outcome.results
     errors = [column for column in results if f"{column}_se" in results]
     titles = ["run", "concept", *(column.replace("_", "\n") for column in errors)]
@@ -401,9 +457,30 @@ def _show_outcome(screen: "Console", study: "Study", outcome: "Outcome", root: P
         colour = {True: "green", False: "red", None: "default"}[each.holds]
         screen.print("trained apart", style=colour, end=" ")
         screen.print(each.sentence)
+    for sentence in outcome.unjudged:
+        screen.print(f"gamma pair {sentence}")
+    if waiting := [each.name for each in outcome.missing if each.failure is None]:
+        screen.print(f"not done: {', '.join(waiting)}")
     if any(run.wandb.mode == "offline" for run in study.runs):
         screen.print(f"W&B, offline: to upload, wandb sync {root}/*/wandb/offline-run-*")
     screen.print(f"report: {outcome.report}")
+
+
+def _show_failed(missing: "list[Missing]") -> bool:
+    """List runs that failed on stderr; whether there are any."""
+    failed = [each for each in missing if each.failure is not None]
+    for each in failed:
+        assert each.failure is not None
+        said = f"{each.name} {each.sentence} (traceback: {each.failure.file})"
+        typer.echo(one_line(said), err=True)
+    if failed:
+        which = "run" if len(failed) == 1 else "runs"
+        typer.echo(
+            f"error: {len(failed)} {which} failed; the same command with --retry-failed tries "
+            f"{'it' if len(failed) == 1 else 'them'} again",
+            err=True,
+        )
+    return bool(failed)
 
 
 def main() -> None:

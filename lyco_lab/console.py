@@ -82,7 +82,8 @@ class Once(TyperCommand):
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))
         seen = set()
         for option in order:
-            if option.param_type_name == "option" and option.name in seen:
+            repeated = getattr(option, "multiple", False)  # each counts
+            if option.param_type_name == "option" and option.name in seen and not repeated:
                 given = f"{option.opts[0]} is given twice: leave one out"
                 raise typer.BadParameter(given, ctx=ctx)
             seen.add(option.name)

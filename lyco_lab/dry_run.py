@@ -23,6 +23,7 @@ from lyco_lab.generate import ask
 from lyco_lab.miniature import placed
 from lyco_lab.miniature.concepts import concept
 from lyco_lab.record import STAGES, Record
+from lyco_lab.states import failure
 from lyco_lab.train import plugs, suits
 
 
@@ -45,9 +46,14 @@ class Plan:
         return self.run.train.steps * self.run.train.samples_per_step / self.samples_per_epoch
 
     def stages_done(self, root: Path) -> list[str]:
-        """Of this run's stages, those that a rerun will skip. Creates nothing."""
+        """Of this run's stages, those that a rerun will skip, and one that failed.
+
+        Creates nothing.
+        """
         record = Record(root / self.run.folder_name)
-        return [stage for stage in STAGES if record.done(stage)]
+        failed = failure(record)
+        done = [stage for stage in STAGES if record.done(stage)]
+        return [*done, *([f"{failed.stage} failed"] if failed else [])]
 
 
 def plan(study: Study, models: Collection[str] = (), images: Collection[str] = ()) -> list[Plan]:

@@ -1,6 +1,7 @@
 """What a user is told when something is wrong: one line, and what to do about it."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -12,7 +13,14 @@ class UserError(ValueError):
 
 
 class Interrupted(RuntimeError):
-    """A stage was asked to stop, and has saved what it needs to go on. Exits 130."""
+    """A stage was asked to stop by a signal, and has saved what it needs to go on.
+
+    The command line exits with 128 plus the signal's `number`: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, said: str, number: int = signal.SIGINT) -> None:
+        super().__init__(said)
+        self.number = number
 
 
 def nearest(word: str, candidates: Iterable[str], least: float = 0.6) -> str:

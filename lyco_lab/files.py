@@ -11,10 +11,13 @@ import fcntl
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
@@ -36,6 +39,7 @@ UNWRITABLE = {
 }
 FULL = {errno.ENOSPC, errno.EDQUOT}
 LEAST_FREE_BYTES = 2**20  # writers that do not raise OSError are judged by the space left
+SILENT_S = 1.0  # of waiting
 LOCK = ".lock"  # held, in a folder, by the process that works on it
 PART = ".part-"  # the beginning of the names of temporary folders
 DIGEST_BYTES = 16
@@ -93,14 +97,59 @@ def writing(folder: Path) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Wait until no other process works on `folder`, and keep others waiting meanwhile.
 
-    The lock dies with the process that holds it, however it ends.
+    The lock dies with the process that holds it, however it ends. Whom one waits for is said after
+    a second.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _open_lock(folder)
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _wait_for(lock, folder)
+        _sign(lock)
         yield
+
+
+def owner(folder: Path) -> str:
+    """'process 123 on HOST since TIME' of the process that works on `folder`; '' if none does."""
+    with contextlib.suppress(OSError), open(folder / LOCK, "rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _named(lock)
+    return ""
+
+
+def _wait_for(lock: IO[bytes], folder: Path) -> None:
+    with contextlib.suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+
+    def say() -> None:
+        print(f"waiting for {folder}, which is in use by {_named(lock)}", flush=True)
+
+    timer = threading.Timer(SILENT_S, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        timer.cancel()
+
+
+def _sign(lock: IO[bytes]) -> None:
+    """Say in the lock who holds it."""
+    if os.fstat(lock.fileno()).st_nlink > 1:
+        return  # another name of the file may be someone's data
+    since = datetime.now().isoformat(sep=" ", timespec="seconds")
+    text = f"process {os.getpid()} on {platform.node()} since {since}\n".encode()
+    with contextlib.suppress(OSError):  # a full disk
+        os.ftruncate(lock.fileno(), 0)
+        os.pwrite(lock.fileno(), text, 0)
+
+
+def _named(lock: IO[bytes]) -> str:
+    text = os.pread(lock.fileno(), 200, 0).decode(errors="replace").strip()
+    return text if text.startswith("process ") and text.isprintable() else "another process"
 
 
 def sweep(folder: Path) -> None:

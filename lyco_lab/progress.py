@@ -4,6 +4,7 @@ A stage opens a `Bar` and advances it, and knows nothing of screens. In the proc
 terminal it is drawn there; in a worker process (see engines/) its news travel to that one.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -76,20 +77,43 @@ def track(items: Sequence[T], title: str) -> Iterator[T]:
 
 
 def columns():  # type: ignore[no-untyped-def]
-    """A rich Progress in this project's form: title, bar, count, note, time left."""
+    """A rich Progress in this project's form: title, bar, count, note, time left.
+
+    A task with a field `ends_s` knows when it will end, by `time.monotonic`, and None says nothing:
+    of stages that take different times, those that are done do not tell how long the others take.
+    """
     from rich.progress import (  # here, since the command line is imported without it
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        Task,
         TextColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Left(TimeRemainingColumn):
+        max_refresh = None
+
+        def render(self, task: Task) -> Text:
+            if "ends_s" not in task.fields:
+                return super().render(task)
+            ends_s = task.fields["ends_s"]
+            if ends_s is None:
+                return Text("")
+            left_s = max(0.0, ends_s - time.monotonic())
+            return Text(f"about {minutes(left_s)} left", style="progress.remaining")
 
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}", markup=False),
-        TimeRemainingColumn(),
+        Left(),
         refresh_per_second=2,
     )
+
+
+def minutes(seconds: float) -> str:
+    """75 -> '1:15'."""
+    return f"{round(seconds) // 60}:{round(seconds) % 60:02}"

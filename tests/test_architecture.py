@@ -13,8 +13,9 @@ LIBRARY = ROOT / "lyco_lab"
 
 # A module may import its own package and whatever stands before it.
 ORDER = (
-    "errors", "files", "readers", "settings", "kinds", "seeds", "linalg", "waits", "record",
-    "integrity", "progress", "console", "workers", "adapters", "optimizers", "config", "devices",
+    "errors", "interrupts", "files", "readers", "settings", "kinds", "seeds", "linalg", "waits",
+    "record", "integrity", "states", "progress", "console", "workers", "adapters", "optimizers",
+    "config", "devices",
     "formats", "diffusion", "miniature", "gamma", "fold", "data", "tracking", "train", "longer",
     "verify", "generate", "evaluate", "adopt", "analyse", "report", "dry_run", "lacking", "costs",
     "engines", "doctor", "import_config", "cli", "__main__",

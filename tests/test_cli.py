@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +28,8 @@ from lyco_lab.verify.case import VARIANTS
 from tests.data import pictures
 
 ROOT = Path(__file__).parents[1]
+OUTCOME = local.Outcome(pd.DataFrame(), [], Path("runs/mine/report.html"))
+conclude = local.conclude
 STUDY = """
 question: Does it work?
 expectation: It does.
@@ -72,7 +75,7 @@ def stages(monkeypatch):
 
     row = {"run": "lora", "concept": "circle", "vendi_trigger": 1.5, "vendi_trigger_se": 0.1}
     verdicts = [compare("a", "b", {0: 0.5, 1: 0.25}, {0: 0.5, 1: 0.25})]
-    outcome = local.Outcome(pd.DataFrame([row]), verdicts, Path("runs/mine/report.html"))
+    outcome = replace(OUTCOME, results=pd.DataFrame([row]), verdicts=verdicts)
     monkeypatch.setattr(local, "BY_NAME", {name: stage(name) for name in STAGES})
     monkeypatch.setattr(local, "conclude", lambda study, root, **how: outcome)
     monkeypatch.setattr(local, "check_model", lambda run, record: None)  # no model, no weights
@@ -185,7 +188,7 @@ def test_dry_run_tells_which_runs_are_one_and_why(lyco_lab, study, stages):
 def test_run_folds_unless_told_otherwise(lyco_lab, study, monkeypatch):
     told = []
 
-    def run_study(study, root, announce, workers, *, fold):
+    def run_study(study, root, announce, workers, *, fold, **others):
         told.append(fold)
         raise Interrupted("enough")
 
@@ -308,7 +311,8 @@ def test_an_interruption_exits_130_and_says_how_to_go_on(
     assert stages.count(("lora", "data")) == 1
 
 
-def test_ctrl_c_in_a_real_process(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_a_real_process(tmp_path, number, code):
     command = [sys.executable, "-m", "lyco_lab", "world", str(tmp_path), "--count", "20000"]
     child = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     began_s = time.monotonic()
@@ -316,20 +320,40 @@ def test_ctrl_c_in_a_real_process(tmp_path):
         assert time.monotonic() - began_s < 60
         time.sleep(0.1)
     time.sleep(1)
-    child.send_signal(signal.SIGINT)
+    child.send_signal(number)
     _, stderr = child.communicate(timeout=60)
-    assert child.returncode == 130, stderr
+    assert child.returncode == code, stderr
     assert "to go on: lyco-lab world" in stderr
 
 
 def test_errors_that_are_no_mistake_of_the_user_are_not_hidden(
-    lyco_lab, study, stages, monkeypatch
+    lyco_lab, study, stages, monkeypatch, tmp_path
 ):
     def fail(run, record):
         raise ZeroDivisionError("a bug")
 
+    monkeypatch.setattr(local, "conclude", conclude)
     monkeypatch.setitem(local.BY_NAME, "data", fail)
-    assert isinstance(lyco_lab("run", study).exception, ZeroDivisionError)
+    done = lyco_lab("run", study)
+    assert done.exit_code == 1
+    assert "lora failed in data: ZeroDivisionError: a bug (traceback: runs/lora-" in done.stderr
+    (file,) = (tmp_path / "runs").glob("lora-*/failed/data.txt")
+    text = file.read_text()
+    assert (
+        text.startswith("ZeroDivisionError: a bug\n") and 'raise ZeroDivisionError("a bug")' in text
+    )
+    assert f"command: lyco-lab run {study}" in text and "stage: data" in text
+    # Not a second time unless asked to.
+    stages.clear()
+    monkeypatch.setitem(local.BY_NAME, "data", lambda run, record: record.finish("data"))
+    again = lyco_lab("run", study)
+    assert again.exit_code == 1 and stages == []
+    assert "lora failed in data before and is not tried again without --retry-failed" in " ".join(
+        again.stdout.split()
+    )
+    monkeypatch.setattr(local, "conclude", lambda study, root, **how: OUTCOME)
+    assert lyco_lab("run", study, "--retry-failed").exit_code == 0
+    assert len(stages) == 6 and not list((tmp_path / "runs").glob("*/failed"))
 
 
 def test_a_run_folder_of_another_configuration_is_refused(lyco_lab, study, stages, tmp_path):
@@ -380,16 +404,6 @@ def test_pretrain_is_told_where_and_how(lyco_lab, tmp_path, monkeypatch):
     made = lyco_lab("pretrain", tmp_path / "w", "--quick")
     assert made.exit_code == 0 and "| hair | 0.500 |" in made.output
     assert told == [(tmp_path / "w", True)]
-
-
-def test_the_clock_guesses_from_what_it_has_seen():
-    clock = local.Clock()
-    assert clock.left_s(["train"]) is None
-    clock.spent_s["train"] += [2.0, 4.0]
-    clock.spent_s["data"] += [1.0]
-    assert clock.left_s(["train", "data", "train"]) == 7.0
-    assert clock.left_s(["train", "generate"]) is None
-    assert [local.minutes(s) for s in (0.4, 59.6, 75, 3600)] == ["0:00", "1:00", "1:15", "60:00"]
 
 
 def test_an_engine_refuses_before_it_begins(study, tmp_path):

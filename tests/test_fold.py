@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lyco_lab.engines import local
 from lyco_lab.errors import UserError
 from lyco_lab.fold import ASIDE, SAID, folding, set_aside, shared, trained, whose
 from lyco_lab.record import STAGES, Record
+from lyco_lab.states import failure
 from lyco_lab.train import train
 from tests.report.shared import small_study
 
@@ -255,8 +257,10 @@ def test_changed_training_images_are_not_the_same_run(study, ran, tmp_path, tiny
     root = tmp_path / "runs"
     local.run_study(study("one", folder=folder), root, quiet)
     (folder / "0000.txt").write_text("another caption\n")
-    with pytest.raises(UserError, match=r"'half' cannot .* 'one': the training images.*--no-fold"):
-        local.run_study(study("one", "half", folder=folder), root, quiet)
+    mine = study("one", "half", folder=folder)
+    local.run_study(mine, root, quiet)
+    failed = failure(Record(folder_of(mine, "half", root)))
+    assert re.search(r"'half' cannot .* 'one': the training images.*--no-fold", failed.reason)
 
 
 @pytest.mark.parametrize("name", ["one", "half"])

@@ -5,7 +5,7 @@ the page, no script, no request to anywhere (its own Content-Security-Policy for
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -29,6 +29,7 @@ from lyco_lab.record import Record, identity
 from lyco_lab.report import figures, grids
 from lyco_lab.report.findings import caveat, findings
 from lyco_lab.report.table import NAMES, form_of, table_rows
+from lyco_lab.states import Missing
 
 REPORT = "report.html"
 X, Y = "text_similarity_alter", "image_similarity_alter"
@@ -51,16 +52,32 @@ class GammaSection:
     steps: tuple[tuple[int, str, str], ...]  # a few, as hexadecimal floats
 
 
-def write(study: Study, root: Path, results: pd.DataFrame, verdicts: Sequence[Verdict]) -> Path:
-    """Write `root/STUDY/report.html` from the study's table and the folders of its runs."""
-    numbers = series(study)
+def write(
+    study: Study,
+    root: Path,
+    results: pd.DataFrame,
+    verdicts: Sequence[Verdict],
+    missing: Sequence[Missing] = (),
+    unjudged: Sequence[str] = (),
+) -> Path:
+    """Write `root/STUDY/report.html` from the study's table and the folders of its runs.
+
+    `missing`: runs without results, of which the page says why. `unjudged`: sentences about pairs
+    that cannot be compared. At least one run has to be done.
+    """
+    numbers = series(study)  # colours do not change when a run is added
+    absent, asked = {each.name for each in missing}, len(study.runs)
+    study = replace(study, runs=tuple(run for run in study.runs if run.name not in absent))
     by_name = {run.name: short_name(run) for run in study.runs}
     results = results.assign(label=[NAMES.get(n, by_name.get(n, n)) for n in results["run"]])
     forms = {column: form_of(results[column]) for column in quoted()}
     means = {name: over(record_of(m[0], root)) for name, m in by_concept(study).items()}
     html = _template().render(
         study=study,
-        legend=list(numbers.items()),
+        asked=asked,
+        missing=missing,
+        unjudged=unjudged,
+        legend=[(label, numbers[label]) for label in series(study)],
         findings=findings(results, list(verdicts)),
         caveat=caveat(len({run.seed for run in study.runs}), several=any(means.values())),
         foreign=FOREIGN if any(map(foreign, study.runs)) else "",

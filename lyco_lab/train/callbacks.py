@@ -3,14 +3,11 @@
 A step can have several batches (feed.py): only the last of them ends it.
 """
 
-import signal
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -24,6 +21,7 @@ from lyco_lab.diffusion.base import NoPicture
 from lyco_lab.diffusion.memory import AtOnce, NoMemory
 from lyco_lab.errors import Interrupted
 from lyco_lab.files import atomic
+from lyco_lab.interrupts import answering
 from lyco_lab.progress import Bar
 from lyco_lab.tracking import Tracker
 from lyco_lab.train import guard
@@ -158,26 +156,21 @@ def side_by_side(images_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 @dataclass
 class Stop:
-    """Whether Ctrl-C was pressed. The step that is running is finished first."""
+    """Which signal, if any, has asked for an end. The step that is running is finished first."""
 
-    asked: bool = False
+    asked: int | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread is told of signals
-            return
+        """While steps are made; nothing that could be lost may begin before or follow after."""
 
-        def handle(_number: int, _frame: FrameType | None) -> None:
-            if self.asked:
-                raise Interrupted("stopped at once; the last checkpoint is kept")
-            self.asked = True
+        def ask(number: int) -> None:
+            self.asked = number
 
-        before = signal.signal(signal.SIGINT, handle)
-        try:
+        with answering(ask):
             yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+        if self.asked:
+            raise Interrupted("training has made its last step, which is saved", self.asked)
 
 
 @dataclass
@@ -218,8 +211,9 @@ class Saving(lightning.Callback):
             self.checkpoints.save(self.state(module, done))
         if last:
             self.trained = module.exported_digest()
-        if self.stop.asked and not last:
-            raise Interrupted(f"training stopped after step {done} of {self.steps}, which is saved")
+        if self.stop.asked:
+            said = f"training stopped after step {done} of {self.steps}, which is saved"
+            raise Interrupted(said, self.stop.asked)
 
     def on_exception(self, trainer: Any, module: Any, exception: BaseException) -> None:
         if isinstance(exception, guard.NotFinite):

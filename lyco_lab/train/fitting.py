@@ -65,6 +65,8 @@ def fit(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        # Lightning would answer SIGTERM by an exit with code 0 that saves nothing (callbacks.Stop).
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         if plugged:
             count_from(trainer, first)
         try:

@@ -25,12 +25,12 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 
 from lyco_lab import progress
 from lyco_lab.errors import UserError
-from lyco_lab.workers import begin
+from lyco_lab.interrupts import SIGNALS, unblock
+from lyco_lab.workers import begin, start
 
 HOST = "127.0.0.1"
 ADDRESS = ("MASTER_ADDR", "MASTER_PORT")  # environment variables that Lightning sets
 GRACE_S = 30.0  # for the first to notice by itself that another has ended
-ENDING_S = 2.0  # for another to end when it is told to
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def together(ranks: int, follow: Follow, *arguments: Any) -> Iterator[Process]:
             process = Process(rank, ranks, port)
             given = (follow, process, torch.get_num_threads(), os.getpid(), theirs, arguments)
             others.append(context.Process(target=_other, args=given, daemon=True))
-            others[-1].start()
+            start(others[-1])
             theirs.close()
             told.append(ours)
         for rank, (process_, ours) in enumerate(zip(others, told, strict=True), start=1):
@@ -119,8 +119,6 @@ def together(ranks: int, follow: Follow, *arguments: Any) -> Iterator[Process]:
     finally:
         over.set()
         for process_ in others:
-            process_.terminate()
-            process_.join(ENDING_S)
             process_.kill()  # one that waits for a message hears nothing else; it writes nothing
             process_.join()
         for name, value in before.items():
@@ -138,8 +136,10 @@ def _other(
     arguments: tuple[Any, ...],
 ) -> None:
     """What another process does."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # the first decides
+    unblock()
     begin(threads, parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first decides
     progress.send_to(lambda news: None)
     try:
         go = follow(process, *arguments)

@@ -94,7 +94,6 @@ def _train(run: Run, record: Record, strict: bool) -> None:
         exact(threads, strict=strict, operations=known) as exactness,
         Journal(folder / "metrics.csv", first) as journal,
         track(run, record, STAGE, facts | {"threads": exactness.threads}) as tracker,
-        stop.listening(),
     ):
         saving = Saving(
             checkpoints,
@@ -125,7 +124,8 @@ def _train(run: Run, record: Record, strict: bool) -> None:
                 Watching(Divergence.of(run.train, journal.path, first)),
                 saving,
             ]
-            with together(run.trainer.devices, follow, run, record, first, strict) as process:
+            others = together(run.trainer.devices, follow, run, record, first, strict)
+            with others as process, stop.listening():
                 fit(run, module, shown, first, between, process, plugs)
             done = int(module.row.get("step") or first)
             if not done:

@@ -74,7 +74,7 @@ class Recorder(lightning.Callback):
         if done in looks(self.steps) or done == self.until:
             self.trace.values[done] = [spread(delta) for delta in deltas]
         if self.stop.asked:
-            raise Interrupted("nothing of a verification is kept")
+            raise Interrupted("nothing of a verification is kept", self.stop.asked)
         trainer.should_stop = done == self.until
 
 
@@ -174,14 +174,15 @@ def follow(
     `unit`: that of the roundings to be made; `number`: of a run with such, each has its own.
     """
     stop, trace = Stop(), Trace()
-    with stage.exact(None), stop.listening(), mounted(run, bench, strength) as (module, cached):
+    with stage.exact(None), mounted(run, bench, strength) as (module, cached):
         trace.layers = tuple(f"{part}.{n}" for part, m in module.mounted.items() for n in m.layers)
         between: list[lightning.Callback] = []
         if unit is not None:
             between.append(Rounding(unit, run.seed, number))
         between.append(Recorder(trace, run.train.steps, until, stop))
         try:
-            stage.fit(run, module, cached, 0, between)
+            with stop.listening():
+                stage.fit(run, module, cached, 0, between)
         except NotFinite as error:
             trace.stopped = str(error)
         else:

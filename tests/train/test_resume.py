@@ -106,7 +106,10 @@ train(run, record)
 
 
 @pytest.mark.slow
-def test_a_python_of_its_own_killed_and_started_again(tiny_sd, tiny_concept, tmp_path, results):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_python_of_its_own_killed_and_started_again(
+    tiny_sd, tiny_concept, tmp_path, results, number
+):
     """As a user's would be: nothing is shared with this process, and W&B is running."""
 
     def start(where):
@@ -144,44 +147,57 @@ def test_a_python_of_its_own_killed_and_started_again(tiny_sd, tiny_concept, tmp
     finish("straight")
     rng = random.Random()
     stop(signal.SIGKILL, rng.randint(1, 20))
-    assert "which is saved" in stop(signal.SIGINT, rng.randint(21, 38))
+    assert "which is saved" in stop(number, rng.randint(21, 38))
     finish("stopped")
     stopped, straight = (results(*records(where)) for where in ("stopped", "straight"))
     assert stopped == straight
 
 
-def test_stopped_by_control_c_it_saves_and_goes_on(begin, trained, results, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [6, 12])
+def test_stopped_by_a_signal_it_saves_and_goes_on(
+    begin, trained, results, monkeypatch, number, step
+):
+    """Also in the last step: nothing else may begin after it."""
     _, straight = trained("straight")
     run, record = begin("stopped")
-    before = signal.getsignal(signal.SIGINT)
-    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match="stopped after step 6 of 12, which is saved"):
+    before = signal.getsignal(number)
+    at_step(monkeypatch, step, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted, match=f"after step {step} of 12, which is saved") as raised:
         train(run, record)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert checkpoints(record).files()[0].name == "step00000006.ckpt"
+    assert raised.value.number == number
+    assert signal.getsignal(number) is before
+    assert checkpoints(record).files()[0].name == f"step{step:08d}.ckpt"
     assert not record.done("train")
     monkeypatch.undo()
     train(run, record)
     assert results(record) == results(straight)
 
 
-def test_control_c_twice_stops_at_once(begin, trained, results, monkeypatch):
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(begin, monkeypatch, second):
     run, record = begin()
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), second)
 
     at_step(monkeypatch, 6, twice)
-    with pytest.raises(Interrupted, match="stopped at once; the last checkpoint is kept"):
+    with pytest.raises(Interrupted, match="stopped at once; the last checkpoint is kept") as raised:
         train(run, record)
+    assert raised.value.number == second
     assert checkpoints(record).files()[0].name == "step00000004.ckpt"
 
 
-def test_control_c_in_the_last_step_is_too_late(begin, monkeypatch):
+def test_a_signal_that_was_ignored_stays_ignored(begin, monkeypatch):
+    """A shell starts jobs in the background so."""
     run, record = begin()
-    at_step(monkeypatch, 12, lambda: os.kill(os.getpid(), signal.SIGINT))
-    train(run, record)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+        train(run, record)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert record.done("train")
 
 

@@ -1,0 +1,132 @@
+"""Answers to SIGINT (Ctrl-C) and SIGTERM (Slurm, `docker stop`, systemd).
+
+Both ask for the same: finish what would otherwise be lost, and end. A process exits with 128 plus
+the signal's number, 130 or 143, as if the signal itself had ended it.
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from lyco_lab.errors import Interrupted
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+UNWINDING_S = 1.0  # after a second signal
+Answer = Callable[[int], None]
+
+
+class Stopped(KeyboardInterrupt):
+    """One of the signals arrived where nothing has to be finished first."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def stop(number: int) -> None:
+    raise Stopped(number)
+
+
+def stop_at_once(number: int) -> None:
+    raise Interrupted("stopped at once; the last checkpoint is kept", number)
+
+
+def end_soon(number: int) -> None:
+    """As `stop_at_once`, and whatever the unwinding waits for, the process ends within a second.
+
+    Whoever catches the error is to call `end_now`: an ordinary exit waits for libraries, too.
+    """
+    global _hurried
+    _hurried, number = True, _told or number  # the first decides about the exit code
+    hard = threading.Timer(UNWINDING_S, os._exit, (exit_code(number),))
+    hard.daemon = True
+    hard.start()
+    stop_at_once(number)
+
+
+def end_now() -> None:
+    """End the process, if it was told to end a second time."""
+    if _hurried and _told:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code(_told))
+
+
+def ignore(number: int) -> None:
+    """A process that was told once and will end needs no second signal."""
+
+
+_told = 0  # the signal that arrived first, within the outermost `answering`
+_again: Answer = stop_at_once
+_hurried = False
+
+
+def told() -> int:
+    """The signal by which this process was told to end, or 0."""
+    return _told
+
+
+def again() -> Answer:
+    """The present answer to a second signal."""
+    return _again
+
+
+@contextmanager
+def answering(first: Answer, again: Answer | None = None) -> Iterator[None]:
+    """Call `first` with the number of the first of the two signals, and `again` with later ones.
+
+    Can be nested: the inner one decides about the first signal, and keeps the outer `again` unless
+    it has its own. Signals that this process was started to ignore stay ignored (`nohup`, jobs in
+    the background). Python runs handlers in the main thread only; elsewhere nothing changes.
+    """
+    global _told, _again
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        global _told
+        if _told:
+            _again(number)
+        else:
+            _told = number
+            first(number)
+
+    outer = _again
+    if again is not None:
+        _again = again
+    before = {n: signal.getsignal(n) for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN}
+    outermost = not any(getattr(b, "__module__", None) == __name__ for b in before.values())
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _again = outer
+        if outermost:
+            _told = 0
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold the signals back, also in processes that are started meanwhile, until `unblock`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def exit_code(number: int) -> int:
+    """130 for SIGINT, 143 for SIGTERM."""
+    return 128 + number
