@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, resource_tracker
@@ -41,13 +42,15 @@ class Failed:
 
     reason: str  # on one line
     trace: str = ""
+    mistake: bool = False  # of the user's
 
     @classmethod
     def by(cls, error: BaseException) -> "Failed":
         said = " ".join(str(error).split())
         name = type(error).__name__
-        reason = said if isinstance(error, UserError) else f"{name}: {said}" if said else name
-        return cls(reason, "".join(traceback.format_exception(error)))
+        mistake = isinstance(error, UserError)
+        reason = said if mistake else f"{name}: {said}" if said else name
+        return cls(reason, "".join(traceback.format_exception(error)), mistake)
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,27 @@ def supervise(
 
     Raises `Interrupted` once all have stopped after a signal. A second one kills them at once.
     """
-    _Supervisor(count, threads, setup, take, ended, heard, stopping).run()
+    for _ in _Supervisor(count, threads, setup, take, ended, heard, stopping).turns():
+        pass
+
+
+def carry_out(
+    count: int, threads: int, setup: Callable[[Say], Work], tasks: Sequence[Any]
+) -> Iterator[Done | Failed]:
+    """As `supervise`, for tasks that are known beforehand: how each ended, in that order."""
+    waiting, ends = deque(tasks), deque[Done | Failed]()
+    supervisor = _Supervisor(
+        count,
+        threads,
+        setup,
+        take=lambda slot: waiting.popleft() if waiting else None,
+        ended=lambda slot, task, end: ends.append(end),
+        heard=lambda item: None,
+        stopping=lambda number: None,
+    )
+    for _ in supervisor.turns():
+        while ends:
+            yield ends.popleft()
 
 
 @dataclass
@@ -151,7 +174,8 @@ class _Supervisor:
         self.context = get_context("spawn")
         self.awake, self._wake = self.context.Pipe(duplex=False)
 
-    def run(self) -> None:
+    def turns(self) -> Iterator[None]:
+        """All the work; whoever goes through this can look around whenever something has ended."""
         outer = interrupts.again()
 
         def first(number: int) -> None:
@@ -164,7 +188,7 @@ class _Supervisor:
 
         try:
             with answering(first, again):
-                self.work()
+                yield from self.work()
                 self.shut()
             if self.asked is not None:
                 kept = "; ".join(self.said) or "every run that was being worked on is kept"
@@ -174,7 +198,7 @@ class _Supervisor:
             for connection in (self.awake, self._wake):
                 connection.close()
 
-    def work(self) -> None:
+    def work(self) -> Iterator[None]:
         told = False
         while True:
             if self.asked is None:
@@ -191,6 +215,7 @@ class _Supervisor:
             self.wait([*([] if told else [self.awake]), *_watched(busy)])
             for slot in busy:
                 self.listen(slot)
+            yield
 
     def give(self, slot: _Slot, task: Any) -> None:
         slot.task = task

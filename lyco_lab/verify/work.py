@@ -5,13 +5,11 @@ Cases with the same R are one job, in which R trains once.
 
 import io
 import itertools
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,7 +25,7 @@ from lyco_lab.verify.case import Case
 from lyco_lab.verify.table import Row
 from lyco_lab.verify.trace import Bench, Trace, follow
 from lyco_lab.verify.verdict import NONE, SHADOWS, Verdict, compare
-from lyco_lab.workers import begin, cores
+from lyco_lab.workers import Failed, Say, Work, carry_out, cores
 
 Job = Sequence[tuple[int, Case]]  # with their places among all
 
@@ -86,32 +84,22 @@ def _alone(threads: int) -> Iterator[None]:
 def _side_by_side(
     jobs: list[Job], images: Dataset, workers: int, threads: int
 ) -> Iterator[tuple[int, Row]]:
-    context = multiprocessing.get_context("spawn")
-    arguments = (images, threads, os.getpid())
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _begin, arguments)
+    count = min(workers, len(jobs))
     try:
-        futures = [pool.submit(_work, job) for job in jobs]
-        for future in as_completed(futures):
-            yield from future.result()
-    except KeyboardInterrupt:  # which reaches the workers too: they finish their step
-        raise Interrupted("nothing of a verification is kept") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for end in carry_out(count, threads, partial(_setup, images), jobs):
+            if isinstance(end, Failed) and end.trace and not end.mistake:
+                raise RuntimeError(f"{end.reason}, in a worker:\n{end.trace}")
+            if isinstance(end, Failed):
+                raise UserError(f"cases could not be finished: {end.reason}")
+            yield from end.result
+    except Interrupted as error:
+        raise Interrupted("nothing of a verification is kept", error.number) from None
 
 
-_bench: Bench | None = None  # a worker's
-
-
-def _begin(images: Dataset, threads: int, parent: int) -> None:
-    global _bench
-    _bench = Bench(images)
-    begin(threads, parent)
+def _setup(images: Dataset, say: Say) -> Work:
+    bench = Bench(images)
     progress.send_to(lambda news: None)
-
-
-def _work(job: Job) -> list[tuple[int, Row]]:
-    assert _bench is not None
-    return list(work(job, _bench))
+    return lambda job: list(work(job, bench))
 
 
 def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:

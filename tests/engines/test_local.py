@@ -13,7 +13,7 @@ import pytest
 from lyco_lab.config import load_study
 from lyco_lab.engines import local
 from lyco_lab.errors import UserError
-from lyco_lab.files import locked
+from lyco_lab.files import locked, owner
 from lyco_lab.record import Record
 
 STUDY = """
@@ -82,6 +82,68 @@ def test_side_by_side_and_killed_at_random_moments_ends_with_the_same_bytes(stud
     assert adapters(killed) == expected
     assert (killed / "twice" / "report.html").is_file()
     assert not list(killed.rglob(".part-*"))
+
+
+FOUR = """
+question: Does one that fails stop the others?
+expectation: No.
+base: {base}
+set:
+  train: {{steps: 6, checkpoint_every: 2, lr: 1e-2, warmup_steps: 2}}
+  generate: {{types: [trigger], images_per_type: 1, steps: 2, batch_size: 1}}
+  wandb: {{mode: disabled}}
+  data: {{concept: falls}}
+  adapter: {{kind: lora, rank: 2}}
+runs:
+  - {{name: well, set: {{seed: 1}}}}
+  - name: hot
+    set: {{train: {{lr: 1e30, grad_clip: null}}, optimizer: {{kind: sgd}}}}
+  - {{name: killed, set: {{seed: 2, train.steps: 4000}}}}
+  - {{name: last, set: {{seed: 3}}}}
+"""
+
+
+def worker_of(root, name):
+    """The process that is training a run."""
+    metrics = f"{name}-????????/train/metrics.csv"
+    while not any(file.read_text().count("\n") > 1 for file in root.glob(metrics)):
+        time.sleep(0.05)
+    (folder,) = root.glob(f"{name}-????????")
+    return int(owner(folder).split()[1])
+
+
+@pytest.mark.slow
+def test_of_four_runs_one_diverges_one_is_killed_and_the_others_are_done(pytestconfig, tmp_path):
+    folder, root = tmp_path / "four", tmp_path / "runs"
+    folder.mkdir()
+    base = pytestconfig.rootpath / "experiments" / "base.yaml"
+    (folder / "study.yaml").write_text(FOUR.format(base=base))
+    process = subprocess.Popen(
+        command(folder, root, 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    os.kill(worker_of(root, "killed"), signal.SIGKILL)
+    stdout, stderr = process.communicate()
+    assert process.returncode == 1, stderr
+    assert "killed failed in train: its process was killed by signal 9 (SIGKILL), most" in stderr
+    assert "hot failed in train: the loss is" in stderr or "hot failed in train: " in stderr
+    assert "error: 2 runs failed" in stderr and "Traceback" not in stderr
+    assert len(adapters(root)) == 2
+    page = (root / "four" / "report.html").read_text()
+    assert "2 of 4 runs" in page and "<b>hot</b>" in page and "<b>killed</b>" in page
+    # Once more: nothing is tried. On request: what was killed is mended from its checkpoint.
+    again = subprocess.run(command(folder, root, 1), capture_output=True, text=True)
+    assert again.returncode == 1 and "not tried again without --retry-failed" in again.stdout
+    words = [*command(folder, root, 1), "--retry-failed", "--only", "killed"]
+    file = next(root.glob("killed-*")) / "train" / "metrics.csv"
+    rows = file.read_text().count("\n")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    while file.read_text().count("\n") <= rows + 2:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 143 and "which is saved" in stderr
+    assert not (file.parents[1] / "failed").exists()
 
 
 def test_a_folder_in_work_is_waited_for(tmp_path):

@@ -12,11 +12,14 @@ import pytest
 from lyco_lab.analyse import analyse
 from lyco_lab.analyse.gamma_pair import compare
 from lyco_lab.analyse.table import quoted
+from lyco_lab.engines import local
 from lyco_lab.evaluate.stage import FOREIGN, foreign
 from lyco_lab.generate import read_table
+from lyco_lab.record import Record
 from lyco_lab.report import grids, page
 from lyco_lab.report.page import differences, short_name
 from lyco_lab.report.table import Form, form_of, table_rows, written
+from lyco_lab.states import fail
 
 
 class Elements(HTMLParser):
@@ -135,6 +138,30 @@ def test_a_page_needs_the_tables_alone_and_says_what_is_gone(evaluated, html, tm
     assert len(cells) == len(Elements(html).all("img")) - len(elements.all("img"))
     assert f"{name}/train/metrics.csv" not in html
     assert again.count('<path class="line ') == html.count('<path class="line ') - 1
+
+
+def test_runs_without_results_are_named_and_the_others_compared(evaluated, html, tmp_path):
+    study, whole = evaluated
+    root = tmp_path / "runs"
+    shutil.copytree(whole, root)
+    lost = "<b>of</b> & memory"
+    record = Record(root / study.run("lora-gamma-kael").folder_name)
+    record.undo("train")
+    fail(record, "train", lost, "Traceback")
+    Record(root / study.run("lokr-neon").folder_name).undo("evaluate")
+    outcome = local.conclude(study, root)
+    assert {each.name for each in outcome.missing} == {"lora-gamma-kael", "lokr-neon"}
+    assert "lokr-neon" not in set(outcome.results["run"]) and outcome.verdicts == []
+    page = outcome.report.read_text()
+    said = re.sub(r"\s+", " ", page)
+    assert "2 of 10 runs have no results" in said and "8 of 10 runs" in said
+    assert "<b>lora-gamma-kael</b> failed in train: &lt;b&gt;of&lt;/b&gt; &amp; memory" in said
+    assert "<b>lokr-neon</b> evaluate is not done" in said
+    assert "lora-gamma-kael and lora-rewritten-kael: not available, since lora-gamma-kael" in said
+    ids = [a["id"] for _, a in Elements(page).found if "id" in a]
+    assert "gamma-verdict" in ids and "no results" not in html
+    # The others look as they do on the whole page.
+    assert set(re.findall(r"<li><svg.*?</li>", page)) < set(re.findall(r"<li><svg.*?</li>", html))
 
 
 def test_columns_are_what_all_models_were_given(analysed):
