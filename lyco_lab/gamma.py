@@ -18,7 +18,20 @@ block is a full matrix and 3 where it is factored). With all of it on a factor t
 says that gamma is a ratio of learning rates and nothing else.
 
 When every s_i is a power of two, scaling is exact in binary floating point, and the two runs agree
-bit for bit; else they agree up to rounding, which training may amplify.
+bit for bit; else they agree up to rounding, which training may amplify. Runs that add up on other
+numbers of devices, or on other processors, agree up to the rounding of sums; and where a layer
+subtracts an untrained factor from the one that it is a copy of (Adapter.twins), so do runs that
+scale the two differently.
+
+A power of two is exact while no number leaves the normal range of float32, 2^-126 to 2^127. What
+leaves it first are squares: optimizers hold g^2, of which gradients that are 2^k times smaller make
+4^k times smaller ones. With s <= 2^24 = 2^SCALE_BITS, the square of a gradient of 2^-39 (2e-12) is
+still normal. A smaller one has a square that is rounded to a multiple of 2^-149; in units of the
+gradients of the run with gamma = 1 that moves its root by at most 2^-75 s = 2^-51, and the eps of
+1e-8 to which the root is added has no digit below 2^-50. Besides, T is formed without gamma, and
+gradients pass through T multiplied by gamma: with gamma >= 2^-48 = 2^-GAMMA_BITS, gradients of
+W' down to 2^-78 stay normal; and upwards entries of T that are as small do. Outside these bounds
+nothing is claimed of two runs with different scales.
 
 Reference: Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation
 (Yeh et al., 2024), Theorem 1, https://arxiv.org/abs/2309.14859
@@ -47,6 +60,7 @@ from lyco_lab.optimizers.base import Optimizer
 from lyco_lab.record import identity
 
 CARRIERS = ("all", "zero")
+SCALE_BITS, GAMMA_BITS = 24, 48  # the largest |log2| of a scale, and of gamma, with a claim
 SAME = 1e-9  # relative difference at which two settings are one, written or rounded differently
 
 Place = tuple[str, str]  # a factor: (part.layer, its name)
@@ -125,11 +139,18 @@ def _layers(model: Model, adapter: Adapter, options: Options) -> tuple[Layer, ..
     return tuple(found)
 
 
-def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
+def rewrite(
+    run: Run,
+    gamma: float = 1.0,
+    *,
+    carry: str = "all",
+    powers: Mapping[str, int] | None = None,
+) -> Run:
     """The run with this gamma on every layer of its adapter that trains the same W' as `run`.
 
     `carry` says which factors take the difference: "all" of a layer alike, as in the paper, or
-    "zero", those that start at 0, so that the start stays as it is.
+    "zero", those that start at 0, so that the start stays as it is. `powers` of the optimizer's
+    settings other than those it claims give another run, to compare with.
 
     Raises `UserError` where there is no such run: the adapter's update is not homogeneous, the
     optimizer has no exact transformation, or it needs one scale for factors that need several.
@@ -141,9 +162,8 @@ def rewrite(run: Run, gamma: float = 1.0, *, carry: str = "all") -> Run:
     why = obstacle(run)
     if why:
         raise UserError(f"gamma of run {run.name!r} cannot be moved: {why}")
-    return transformed(
-        run, scales_to(run, gamma, carry=carry), run.adapter_value().with_gamma(gamma)
-    )
+    scales = scales_to(run, gamma, carry=carry)
+    return transformed(run, scales, run.adapter_value().with_gamma(gamma), powers)
 
 
 def scales_to(run: Run, gamma: float, *, carry: str = "all") -> Scales:
@@ -183,7 +203,12 @@ def obstacle(run: Run) -> str:
     return ""
 
 
-def transformed(run: Run, scales: Mapping[Place, float], adapter: Adapter) -> Run:
+def transformed(
+    run: Run,
+    scales: Mapping[Place, float],
+    adapter: Adapter,
+    powers: Mapping[str, int] | None = None,
+) -> Run:
     """`run` with each factor scaled as given (those that are not: by 1), and this adapter.
 
     The scale that most factors have goes into the settings of the run, and what differs from it
@@ -200,10 +225,11 @@ def transformed(run: Run, scales: Mapping[Place, float], adapter: Adapter) -> Ru
         )
     counts = Counter(each.values())
     common = max(counts, key=lambda s: (counts[s], s == 1))
-    base = _scaled(PLAIN, common, rule)
+    powers = rule.powers if powers is None else powers
+    base = _scaled(PLAIN, common, powers)
     if len(distinct) == 1:
         return _expressed(run, adapter, base, run.train.groups)
-    return _expressed(run, adapter, base, _groups(run, _moved_groups(run, each), base))
+    return _expressed(run, adapter, base, _groups(run, _moved_groups(run, each, powers), base))
 
 
 def _everywhere(run: Run, scales: Mapping[Place, float]) -> Scales:
@@ -212,22 +238,27 @@ def _everywhere(run: Run, scales: Mapping[Place, float]) -> Scales:
     return {place: scales.get(place, 1.0) for place in places}
 
 
-def _scaled(group: Group, s: float, rule: Optimizer) -> Group:
+def _scaled(group: Group, s: float, powers: Mapping[str, int]) -> Group:
     """A group's multiples for factors that are `s` times as large."""
-    settings = {key: group.optimizer.get(key, 1.0) * s**power for key, power in _own(rule).items()}
+    settings = {
+        key: group.optimizer.get(key, 1.0) * s**power
+        for key, power in powers.items()
+        if key != "lr"
+    }
     return Group(
         init_scale=group.init_scale * s,
-        lr=group.lr * s ** rule.powers.get("lr", 0),
+        lr=group.lr * s ** powers.get("lr", 0),
         clip=group.clip * s,
         optimizer=settings,
     )
 
 
-def _moved_groups(run: Run, scales: Mapping[Place, float]) -> dict[Place, Group]:
+def _moved_groups(
+    run: Run, scales: Mapping[Place, float], powers: Mapping[str, int]
+) -> dict[Place, Group]:
     """The multiples of the run's settings that each scaled factor has."""
-    rule = run.optimizer_value()
     return {
-        place: _scaled(group_of(run.train.groups, *place), s, rule) for place, s in scales.items()
+        place: _scaled(group_of(run.train.groups, *place), s, powers) for place, s in scales.items()
     }
 
 
@@ -327,7 +358,7 @@ def canonical(run: Run) -> Run:
         for name in term
         if name not in layer.zero
     )
-    values = _moved_groups(run, each)
+    values = _moved_groups(run, each, run.optimizer_value().powers)
     base = values[next(starting, next(iter(each)))]
     adapter = run.adapter_value().with_gamma(1.0)
     return _expressed(run, adapter, base, _groups(run, values, base))
@@ -435,6 +466,53 @@ class _Form:
                     found.append(_Setting(place, key, values[key], s, power))
         return found
 
+    @functools.cached_property
+    def out_of_range(self) -> str:
+        """Which scale or gamma may take numbers of the training out of the range of float32."""
+        for layer in layers(self.run):
+            if layer.gamma is not None and abs(math.log2(layer.gamma)) > GAMMA_BITS:
+                return (
+                    f"gamma of {layer.name} is {layer.gamma:.3g} in {self.run.name}, and outside "
+                    f"2^-{GAMMA_BITS} to 2^{GAMMA_BITS} numbers may leave the range of float32: "
+                    "nothing is claimed"
+                )
+        for setting in self.settings or ():
+            if abs(math.log2(setting.s)) > SCALE_BITS:
+                layer_name, factor = setting.place
+                return (
+                    f"factor {factor} of {layer_name} is {1 / setting.s:.3g} times as large in "
+                    f"{self.run.name} as with gamma = 1, and outside 2^-{SCALE_BITS} to "
+                    f"2^{SCALE_BITS} numbers may leave the range of float32: nothing is claimed"
+                )
+        return ""
+
+
+def out_of_range(run: Run) -> str:
+    """Why nothing is claimed of the run and any with other scales; "" where something is."""
+    return _Form(run).out_of_range
+
+
+def _sums(a: Run, b: Run) -> str:
+    """What makes the two add up numbers in another order; "" where nothing does."""
+    for key in ("devices", "accelerator", "strategy"):
+        ours, theirs = getattr(a.trainer, key), getattr(b.trainer, key)
+        if ours != theirs:
+            return (
+                f"the same up to rounding of sums: trainer.{key} is {ours!r} in {a.name} and "
+                f"{theirs!r} in {b.name}"
+            )
+    return ""
+
+
+def _twins(a: Run, between: Mapping[Place, float]) -> bool:
+    """Whether every untrained factor is scaled as the factor that it is a copy of."""
+    return all(
+        between[layer.name, copy] == between[layer.name, twin]
+        for layer in layers(a)
+        for copy, twin in layer.adapter.twins.items()
+        if (layer.name, copy) in between
+    )
+
 
 def _compared(a: _Form, b: _Form) -> Equivalence:
     for run in (a.run, b.run):
@@ -448,7 +526,9 @@ def _compared(a: _Form, b: _Form) -> Equivalence:
         why = obstacle(a.run) or (
             "its factors need several scales, and its optimizer takes one for all"
         )
-        return Equivalence(same, same, "equal settings" if same else f"settings differ, and {why}")
+        sums = _sums(a.run, b.run)
+        shown = (sums or "equal settings") if same else f"settings differ, and {why}"
+        return Equivalence(same, same and not sums, shown)
     bitwise = a.run.optimizer_value().exact and b.run.optimizer_value().exact
     for x, y in zip(a.settings, b.settings, strict=True):
         if not math.isclose(x.moved, y.moved, rel_tol=SAME):
@@ -461,8 +541,15 @@ def _compared(a: _Form, b: _Form) -> Equivalence:
             )
         between = y.s / x.s
         bitwise = bitwise and is_power_of_two(between) and x.value == y.value * between**x.power
-    shown = "the same bit for bit" if bitwise else "the same up to rounding"
     scales = {x.place: x.s / y.s for x, y in zip(a.settings, b.settings, strict=True)}
+    beyond = a.out_of_range or b.out_of_range
+    if beyond and any(s != 1 for s in scales.values()):
+        return Equivalence(False, False, beyond)
+    bitwise = bitwise and _twins(a.run, scales)
+    sums = _sums(a.run, b.run)
+    if sums:
+        return Equivalence(True, False, sums, scales)
+    shown = "the same bit for bit" if bitwise else "the same up to rounding"
     return Equivalence(True, bitwise, shown, scales)
 
 

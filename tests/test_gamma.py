@@ -24,6 +24,7 @@ from lyco_lab.gamma import (
     equivalent,
     is_power_of_two,
     layers,
+    out_of_range,
     rewrite,
     scale,
     transformed,
@@ -115,7 +116,7 @@ def test_a_rewritten_run_has_that_gamma_and_is_equivalent(tiny_sd, data, gamma, 
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=12)
-@given(data=st.data(), power=st.integers(-3, 3))
+@given(data=st.data(), power=st.integers(-2, 2))
 def test_powers_of_two_go_there_and_back_in_every_bit(tiny_sd, data, power):
     run = rewrite(data.draw(runs(tiny_sd)), 1.0)
     gamma = 2.0 ** (12 * power)  # of the degrees 1 to 4 and 6 every root is a power of two
@@ -323,15 +324,91 @@ def test_any_scales_that_multiply_to_gamma_train_the_same_weights(
                 scales[layer.name, name] = 2.0**power
     moved = transformed(run, scales, run.adapter_value())
     assert moved.train.groups and equivalent(run, moved).bitwise
-    losses = []
-    for number, each in enumerate((run, moved)):
-        record = Record.open(tmp_path / str(number), each)
-        prepare(each, record)
-        train(each, record)
-        with (record.path / "train" / "metrics.csv").open(newline="") as file:
-            losses.append([(row["loss"], row["delta_norm"]) for row in csv.DictReader(file)])
+    losses = [trained(each, tmp_path / str(n)) for n, each in enumerate((run, moved))]
     assert losses[0] == losses[1]
     assert len({loss for loss, _ in losses[0]}) > 1
+
+
+def trained(run, place):
+    """The losses and norms of a run, step by step."""
+    record = Record.open(place, run)
+    prepare(run, record)
+    train(run, record)
+    with (record.path / "train" / "metrics.csv").open(newline="") as file:
+        return [(row["loss"], row["delta_norm"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_copies_that_are_scaled_otherwise_agree_to_rounding(
+    tiny_sd, tiny_concept, tmp_path, alike, wrapped
+):
+    """T-LoRA subtracts P0 from P: the same bits only if both have one scale."""
+    data = Data(folder=str(tiny_concept))
+    quick = {"steps": 3, "warmup_steps": 1, "lr": 2.0**-6}
+    run = dataclasses.replace(a_run(tiny_sd, "tlora", **quick), data=data)
+    if wrapped:
+        run = dataclasses.replace(run, adapter={"kind": "dora", "of": run.adapter})
+    p, q = ("p*", "q*") if alike else ("p_PR", "q_RQ")
+    moved = dataclasses.replace(
+        run,
+        name="b",
+        train=dataclasses.replace(
+            run.train,
+            groups=tuple(
+                Group(factors=(factor,), init_scale=s, lr=s, clip=s,
+                      optimizer={"eps": 1 / s, "weight_decay": 1 / s})
+                for factor, s in ((p, 2.0), (q, 0.5))
+            ),
+        ),
+    )  # fmt: skip
+    verdict = equivalent(run, moved)
+    assert verdict.equal and verdict.bitwise is alike
+    losses = [trained(each, tmp_path / each.name) for each in (run, moved)]
+    assert (losses[0] == losses[1]) is alike
+
+
+@pytest.mark.parametrize("setting", [{"devices": 2}, {"accelerator": "gpu"}])
+@pytest.mark.parametrize("kind", ["lora", "oft"])
+def test_other_devices_add_up_in_another_order(tiny_sd, setting, kind):
+    run = a_run(tiny_sd, kind)
+    train = dataclasses.replace(run.train, batch_size=4)
+    run = dataclasses.replace(run, train=train)
+    other = renamed(run, trainer=dataclasses.replace(run.trainer, **setting))
+    ((key, value),) = setting.items()
+    for pair in ((run, other), (rewrite(run, 2.0**-12) if kind == "lora" else run, other)):
+        verdict = equivalent(*pair)
+        assert verdict.equal and not verdict.bitwise
+        assert f"rounding of sums: trainer.{key} is " in verdict.reason
+        assert repr(value) in verdict.reason
+    (found,) = classes([run, other])
+    assert not found.bitwise
+    assert equivalent(other, renamed(other)).bitwise
+
+
+@pytest.mark.parametrize(
+    ("kind", "gamma", "carry", "inside"),
+    [
+        ("lora", 2.0**-46, "all", True),
+        ("lora", 2.0**-50, "all", False),
+        ("lora", 2.0**24, "zero", True),
+        ("lora", 2.0**-25, "zero", False),
+        ("native", 2.0**24, "all", True),
+        ("native", 2.0**-25, "all", False),
+        ("loha", 2.0**-52, "all", False),  # of scales that are small
+        ("loha", 2.0**-48, "all", True),
+    ],
+)
+def test_nothing_is_claimed_out_of_the_range_of_float32(tiny_sd, kind, gamma, carry, inside):
+    run = rewrite(a_run(tiny_sd, kind, groups=()), 1.0)
+    moved = renamed(rewrite(run, gamma, carry=carry))
+    verdict = equivalent(run, moved)
+    assert verdict.equal is inside and bool(out_of_range(moved)) is not inside
+    if inside:
+        assert verdict.bitwise
+    else:
+        assert "nothing is claimed" in verdict.reason and "of float32" in verdict.reason
+    assert equivalent(moved, renamed(moved, "c")).bitwise  # nothing is scaled
 
 
 @given(power=st.integers(-60, 60), degree=st.integers(1, 7))

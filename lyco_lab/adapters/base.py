@@ -69,6 +69,10 @@ class Adapter(abc.ABC):
     # Factors that are part of the rule but do not train.
     untrained: ClassVar[frozenset[str]] = frozenset()
 
+    # Untrained factor -> the one that it is a copy of. They are subtracted from each other where a
+    # layer is computed, so only scaled alike do they give the same bits.
+    twins: ClassVar[Mapping[str, str]] = {}
+
     # Whether `change` reads entries of W: False means that it only multiplies by W, through the
     # layer, and so works on a quantised one.
     reads_weight: ClassVar[bool] = True

@@ -84,6 +84,10 @@ class DoRA(Adapter):
         return self.of.untrained
 
     @property
+    def twins(self) -> Mapping[str, str]:  # type: ignore[override]
+        return self.of.twins
+
+    @property
     def columns(self) -> bool:
         return self.axis == "in"
 

@@ -12,7 +12,9 @@ timestep. With `min_rank` left out the rank is whole at any timestep, which the 
 Ortho-LoRA, and a layer can be merged. The norm of W' - W, and what files hold, is at whole rank.
 
 W' - W is of degree 3 in all six factors scaled alike. Scaling the trained three alone is another
-start, at which W' is not W; that the untrained move with them is what the degree claims.
+start, at which W' is not W; that the untrained move with them is what the degree claims. As P0 is
+subtracted from P before anything is multiplied, and so is diag(l0) Q0, two scalings of one product
+agree bit for bit only where each untrained factor has the scale of its twin; else to rounding.
 
 Shapes: P outputs, Q inputs (times the taps of a kernel, which is unrolled), R the rank.
 
@@ -59,6 +61,7 @@ class TLoRA(Ranked):
     scaling: ClassVar = ("l_1R", "l0_1R")
     components: ClassVar = {"l_1R": 1, "l0_1R": 1}
     untrained: ClassVar = frozenset({"p0_PR", "l0_1R", "q0_RQ"})
+    twins: ClassVar = {"p0_PR": "p_PR", "l0_1R": "l_1R", "q0_RQ": "q_RQ"}
     reads_weight: ClassVar = True  # to start from
 
     def __post_init__(self) -> None:

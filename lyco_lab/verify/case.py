@@ -27,6 +27,7 @@ from lyco_lab.gamma import (
     is_power_of_two,
     layers,
     obstacle,
+    out_of_range,
     rewrite,
     scales_to,
 )
@@ -57,14 +58,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 # Settings at which an optimizer moves W' visibly and stays stable: a learning rate, and what is not
 # as usual. Any other begins at LR, and has the EPS and the DECAY that it has fields for; a decay
 # that is added to the gradient, which is small, is smaller than one that is taken off the factors.
+# Which those are is said here, and not taken from the powers that are to be verified.
 LR, EPS = 3e-3, 1e-7
 DECAY, DECAY_IN_GRADIENT = 0.05, 1e-5
+IN_GRADIENT = {
+    "adadelta", "adagrad", "adam", "adamax", "asgd", "nadam", "radam", "rmsprop", "sgd",
+}  # fmt: skip
 RECIPES: dict[str, tuple[float, dict[str, Any]]] = {
     "sgd": (30.0, {"momentum": 0.9}),
     "asgd": (300.0, {}),
     "lion": (5e-4, {}),
     "prodigy": (1.0, {"d0": 1e-4}),
     "adagrad": (1e-2, {}),
+    "muon": (LR, {"eps": 1e-4}),  # beside the norm of a whole gradient
     "adafactor": (0.1, {"eps2": 0.03}),
     "adadelta": (10.0, {}),
     "rprop": (1e-4, {}),
@@ -101,6 +107,29 @@ class Case:
         exact = self.base.optimizer_value().exact
         return exact and all(map(is_power_of_two, self.scales))
 
+    @property
+    def predicted(self) -> bool:
+        """Whether a difference is predicted, as a setting that should move was kept."""
+        return bool(self.keep) and self.claim is not None and not self.claim.equal
+
+    @property
+    def denied(self) -> str:
+        """Why the comparison of settings does not confirm what the rewriting claims; "" if it does.
+
+        Both are parts of the theorem's code. Where they disagree, one of them is wrong, whatever
+        the training shows.
+        """
+        if self.claim is None or self.keep:
+            return ""
+        if not self.claim.equal:
+            return f"gamma.rewrite claims that A is R, gamma.equivalent that {self.claim.reason}"
+        if self.in_bits and not self.claim.bitwise:
+            return (
+                "gamma.rewrite scales by powers of two alone, gamma.equivalent says that A and R "
+                f"are {self.claim.reason}"
+            )
+        return ""
+
 
 def cases(
     adapters_: Sequence[str],
@@ -136,6 +165,7 @@ def _of_base(
             other = rewrite(run, number, carry=carry)
             scales = tuple(sorted(set(scales_to(run, number, carry=carry).values())))
             other = kept(run, other, keep) if keep else other
+            why = out_of_range(other)  # it is moved and trained all the same
         elif keep:
             raise UserError(f"--keep is {keep!r}, but no setting moves: {why}")
         elif _has_gamma(run):
@@ -215,8 +245,7 @@ def optimizer_of(word: str) -> tuple[dict[str, Any], float]:
         raise UserError(f"--optimizer is {word!r}, needs one of {', '.join(sorted(known))}{hint}")
     lr, own = RECIPES.get(word, (LR, {}))
     names = {field.name for field in fields(known[word])}
-    in_gradient = known[word].powers.get("weight_decay") == -2
-    common = {"eps": EPS, "weight_decay": DECAY_IN_GRADIENT if in_gradient else DECAY}
+    common = {"eps": EPS, "weight_decay": DECAY_IN_GRADIENT if word in IN_GRADIENT else DECAY}
     common = {key: value for key, value in common.items() if key in names}
     return {"kind": word, **common, **own}, lr
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lyco_lab.files import atomic
 from lyco_lab.verify.case import Case, as_power
-from lyco_lab.verify.verdict import ALLOWED, DIFFERENT, EQUAL, NONE, ROUNDED, Verdict
+from lyco_lab.verify.verdict import ALLOWED, DIFFERENT, EQUAL, NONE, ROUNDED, UNTOLD, Verdict
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Row:
     keep: str
     claim: str  # EQUAL, EQUAL to rounding, DIFFERENT; "" for none
     verdict: str
-    holds: bool  # no claimed equality fails
+    holds: bool  # what is claimed was seen, and is not denied
     steps: int
     layers: int
     delta_error: float
@@ -40,12 +40,16 @@ class Row:
     def of(cls, case: Case, verdict: Verdict, found: str, seconds: float) -> "Row":
         claim = case.claim
         word = ""
-        if claim is not None:
-            word = (EQUAL if claim.bitwise else ROUNDED) if claim.equal else DIFFERENT
-        equal = verdict.word == EQUAL or (verdict.word == ROUNDED and word != EQUAL)
-        why = found or case.no_claim
-        if not why and claim is not None and not claim.equal:
-            why = f"{case.keep} is as in R, so {claim.reason}" if case.keep else claim.reason
+        if case.predicted:
+            word = DIFFERENT
+        elif claim is not None:
+            word = EQUAL if claim.bitwise or (case.in_bits and not case.keep) else ROUNDED
+        why = case.denied or found or case.no_claim
+        if not why and case.predicted and claim is not None:
+            why = f"{case.keep} is as in R, so {claim.reason}"
+        # A claim of equality to rounding is met by equal bits, too.
+        met = {"": True, DIFFERENT: verdict.word == DIFFERENT, EQUAL: verdict.word == EQUAL,
+               ROUNDED: verdict.word in (EQUAL, ROUNDED)}[word]  # fmt: skip
         return cls(
             case=case.name,
             adapter=case.adapter,
@@ -57,7 +61,7 @@ class Row:
             keep=case.keep or "",
             claim=word,
             verdict=verdict.word,
-            holds=verdict.word != NONE and (equal or word in ("", DIFFERENT)),
+            holds=verdict.word != NONE and met and not case.denied,
             steps=verdict.steps,
             layers=verdict.layers,
             delta_error=verdict.delta_error,
@@ -79,7 +83,10 @@ class Row:
             return f"{NONE}: {self.why}"
         prefix = "" if self.claim else f"no claim: {self.why}; trained all the same: "
         where = f"{self.steps} steps, {self.layers} layers"
-        if self.verdict == EQUAL:
+        if self.verdict == UNTOLD:
+            expected = "a difference is predicted" if self.claim == DIFFERENT else "equal"
+            said = f"{UNTOLD} ({expected}, {where}, to {self.delta_error:.1g} at the end)"
+        elif self.verdict == EQUAL:
             said = f"EQUAL (bitwise, {where})"
         elif self.verdict == ROUNDED:
             said = (
@@ -92,10 +99,10 @@ class Row:
                 f"DIFFERENT{predicted} from step {self.first_step}, first in {self.first_place} "
                 f"(to {self.delta_error:.1g} at the end)"
             )
-        if self.claim == DIFFERENT and self.verdict != DIFFERENT:
-            return f"{said}, though not claimed: {self.why}"
         if self.verdict == DIFFERENT and self.claim:
             return f"{said}: {self.why or 'no power of one setting explains it'}"
+        if self.claim and not self.holds:
+            return f"{said}: {self.why}"
         return prefix + said
 
 

@@ -24,6 +24,7 @@ from lyco_lab.verify.trace import Trace
 ALLOWED, SHADOWS = 10.0, 4
 
 EQUAL, ROUNDED, DIFFERENT, NONE = "EQUAL", "EQUAL to rounding", "DIFFERENT", "NOT RUN"
+UNTOLD = "NO POWER TO TELL"  # equal, as a wrong claim would be too
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,16 @@ def first_bit(base: Trace, other: Trace, until: int | None = None) -> tuple[int,
     return None
 
 
-def first_excess(base: Trace, other: Trace, shadows: Sequence[Trace]) -> tuple[int, str] | None:
-    """The first step, and the place, where the two differ by more than rounding makes."""
+def first_excess(
+    base: Trace, other: Trace, shadows: Sequence[Trace], until: int | None = None
+) -> tuple[int, str] | None:
+    """The first step, and the place, where the two differ by more than rounding makes.
+
+    Among the first `until` steps.
+    """
     # What rounding has made so far: at least, of a single number, one unit in its last place.
     delta = loss = torch.finfo(torch.float32).eps
-    for step in range(1, base.steps + 1):
+    for step in range(1, (until or base.steps) + 1):
         if step > other.steps:
             return step, f"the training, which stopped ({other.stopped})"
         ours = base.losses[step - 1]

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,11 +21,11 @@ from lyco_lab.data.stage import dataset, prepare
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
 from lyco_lab.train.stage import DTYPES
-from lyco_lab.verify import cause
+from lyco_lab.verify import cause, power
 from lyco_lab.verify.case import Case
 from lyco_lab.verify.table import Row
 from lyco_lab.verify.trace import Bench, Trace, follow
-from lyco_lab.verify.verdict import NONE, SHADOWS, Verdict, compare
+from lyco_lab.verify.verdict import NONE, SHADOWS, UNTOLD, Verdict, compare
 from lyco_lab.workers import Failed, Say, Work, carry_out, cores
 
 Job = Sequence[tuple[int, Case]]  # with their places among all
@@ -116,6 +117,7 @@ def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
                 raise UserError(f"gamma = 1: {base.stopped}")
             other = follow(case.other, bench, strength=case.strength)
             verdict = compare(base, other)
+            known: list[Trace] = []
             for unit, count in itertools.product(units(case), range(1, SHADOWS + 1)):
                 known = shadows.setdefault(unit, [])
                 if len(known) < count:
@@ -125,6 +127,10 @@ def work(job: Job, bench: Bench) -> Iterator[tuple[int, Row]]:
                     break
             if case.claim and not verdict.equal:
                 found = cause.search(case, base, bench, verdict)
+            elif case.claim and not case.keep:
+                found = power.unseen(case, base, bench, known)
+            if verdict.equal and (found or case.predicted):
+                verdict = replace(verdict, word=UNTOLD)
         except UserError as error:
             found = str(error)
         yield place, Row.of(case, verdict, found, time.monotonic() - began_s)
