@@ -63,6 +63,9 @@ WHOLE = (LORA, LONGER, LOKR, TWIN, OWN)
 SHORT = (LORA, LONGER, LOKR, TWIN)  # for what has to run often
 
 
+UNREADABLE = "unreadable"
+
+
 @dataclass(frozen=True)
 class Finished:
     """A study that ran undisturbed."""
@@ -163,11 +166,20 @@ def differing(ours: dict[str, str], theirs: dict[str, str]) -> list[str]:
     return sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
 
 
+def within(ours: dict[str, str], theirs: dict[str, str]) -> bool:
+    """Whether tables are those of another study with some rows left out."""
+    for name, text in ours.items():
+        whole = json.loads(theirs.get(name, "[]"))
+        if text == UNREADABLE or any(row not in whole for row in json.loads(text)):
+            return False
+    return bool(ours)
+
+
 def _without_times(path: Path) -> str:
     try:
         rows = list(csv.DictReader(io.StringIO(path.read_text())))
     except (OSError, ValueError, csv.Error):
-        return "unreadable"
+        return UNREADABLE
     return json.dumps([{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in rows])
 
 
@@ -175,11 +187,11 @@ def _parquet(path: Path) -> str:
     try:
         return str(pd.read_parquet(path).to_csv(index=False))
     except Exception:  # whatever a reader makes of damaged bytes
-        return "unreadable"
+        return UNREADABLE
 
 
 def _json(path: Path) -> object:
     try:
         return json.loads(path.read_text())
     except ValueError:
-        return "unreadable"
+        return UNREADABLE
