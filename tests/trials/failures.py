@@ -124,11 +124,9 @@ def _at_work_on(leader: int, root: Path, *, training: bool) -> int | None:
     while time.monotonic() < ends_s and interruptions.session(leader):
         folder = next(root.glob("killed-????????"), None)
         begun = folder is not None and (not training or (folder / "train/metrics.csv").is_file())
-        for pid in interruptions.workers(leader) if begun else ():
-            with contextlib.suppress(OSError):
-                files = [os.readlink(file) for file in Path(f"/proc/{pid}/fd").iterdir()]
-                if f"{folder}/.lock" in files:
-                    return pid
+        for pid in interruptions.workers(leader) if folder and begun else ():
+            if folder.name in interruptions.runs_of(pid, root):
+                return pid
         time.sleep(0.05)
     return None
 

@@ -124,16 +124,17 @@ def _of(planned: Interruption, made: study.Finished, root: Path) -> tuple[str, i
     watched = begin(arguments)
     watched.until(planned.stage, LIMIT_S)
     time.sleep(planned.delay_s)
-    expected = _expected(planned)
+    target = _target(planned, watched.process.pid, root)
+    expected = _expected(planned, idle=planned.whom == "worker" and not runs_of(target, root))
     if not root.is_dir():
         expected.add(-planned.number)  # before the first line of the library was read
     if (root / made.name / "report.html").is_file():
         expected |= {0, -planned.number}  # too late to disturb anything
-    struck = _strike(planned, watched.process.pid)
+    struck = target > 0 and _strike(planned, target)
     limit_s: float = LIMIT_S
     if planned.second_s is not None:
         time.sleep(planned.second_s)
-        struck = _strike(planned, watched.process.pid) or struck
+        struck = _strike(planned, target) or struck
         limit_s = SECOND_S * busy()
     code = watched.finish(limit_s)
     left = _left(watched.process.pid)
@@ -173,12 +174,13 @@ def _to_the_end(
     return OK, code, ""
 
 
-def _expected(planned: Interruption) -> set[int]:
-    """The exit codes that are right."""
+def _expected(planned: Interruption, *, idle: bool) -> set[int]:
+    """The exit codes that are right. `idle`: a worker between two runs, whom nobody need miss."""
     if planned.whom != "worker":
         return {CODES[planned.number]}
-    # A worker that is asked to stop saves its state; to its parent it is a run that did not end.
-    return {1} if planned.number == signal.SIGKILL else {1, CODES[planned.number]}
+    # A worker alone that is asked to stop may save its state, or leave it to its parent to ask.
+    asked = set() if planned.number == signal.SIGKILL else {0, CODES[planned.number]}
+    return {1} | asked | ({0} if idle else set())
 
 
 @cache
@@ -198,21 +200,32 @@ def begin(arguments: list[str]) -> Watched:
     return Watched(process)
 
 
+def _target(planned: Interruption, leader: int, root: Path) -> int:
+    """Whom to send the signal to, if to a worker to one that has a run; 0 if there is nobody."""
+    if planned.whom != "worker":
+        return leader
+    found = sorted(workers(leader), key=lambda pid: (bool(runs_of(pid, root)), pid))
+    return found[-1] if found else 0
+
+
 def _strike(planned: Interruption, pid: int) -> bool:
     """Send the signal; False if there is nobody to send it to."""
     try:
-        if planned.whom == "parent":
-            os.kill(pid, planned.number)
-        elif planned.whom == "group":
-            os.killpg(pid, planned.number)
-        else:
-            at_work = sorted(workers(pid))
-            if not at_work:
-                return False
-            os.kill(at_work[-1], planned.number)
+        (os.killpg if planned.whom == "group" else os.kill)(pid, planned.number)
     except ProcessLookupError:
         return False
     return True
+
+
+def runs_of(pid: int, root: Path) -> list[str]:
+    """The folders of the runs that a process has locked."""
+    found = []
+    with contextlib.suppress(OSError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            path = Path(os.readlink(file))
+            if path.name == ".lock" and path.parent.parent == root:
+                found.append(path.parent.name)
+    return found
 
 
 def workers(parent: int) -> Iterator[int]:
