@@ -21,7 +21,22 @@ DTYPES = (
     "BOOL", "U8", "I8", "I16", "I32", "I64", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2", "C64",
     "F4", "X", "", None, 3,
 )  # fmt: skip
-WORDS = (None, True, 0, -1, 2.5, 1e300, 10**20, "", "x", "lora", [], {}, [1], {"kind": "lora"})
+WORDS: tuple[Any, ...] = (
+    None,
+    True,
+    0,
+    -1,
+    2.5,
+    1e300,
+    10**20,
+    "",
+    "x",
+    "lora",
+    [],
+    {},
+    [1],
+    {"kind": "lora"},
+)
 Header = dict[str, Any]
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -118,12 +119,14 @@ def forked(call: Callable[[], int], limit_s: float) -> Ending:
         seconds = time.monotonic() - began_s
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)  # what it may have begun and left
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read(MIB).decode(errors="replace"))
+        said, complained = (_text(file) for file in (out, err))
     peak_mb = used.ru_maxrss / 1024 - int.from_bytes(held, "little") / MIB
-    return Ending(os.waitstatus_to_exitcode(status), *texts, seconds, peak_mb, stuck)
+    return Ending(os.waitstatus_to_exitcode(status), said, complained, seconds, peak_mb, stuck)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(MIB).decode(errors="replace")
 
 
 def _be_child(call: Callable[[], int], out: int, err: int, held: mmap.mmap) -> None:

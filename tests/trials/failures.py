@@ -123,10 +123,10 @@ def _at_work_on(leader: int, root: Path, *, training: bool) -> int | None:
     ends_s = time.monotonic() + WAIT_S
     while time.monotonic() < ends_s and interruptions.session(leader):
         folder = next(root.glob("killed-????????"), None)
-        begun = folder is not None and (not training or (folder / "train/metrics.csv").is_file())
-        for pid in interruptions.workers(leader) if folder and begun else ():
-            if folder.name in interruptions.runs_of(pid, root):
-                return pid
+        if folder and (not training or (folder / "train/metrics.csv").is_file()):
+            for pid in interruptions.workers(leader):
+                if folder.name in interruptions.runs_of(pid, root):
+                    return pid
         time.sleep(0.05)
     return None
 

@@ -99,7 +99,7 @@ def draw(seed: int, number: int) -> Interruption:
         which,
         stage,
         rng.uniform(0, 3) if stage else rng.uniform(1.5, 9),  # imports come first
-        rng.uniform(0.02, 1) if again else None,
+        rng.uniform(0.2, 1) if again else None,
     )
 
 
@@ -111,7 +111,10 @@ def trial(work: Path, seed: int, number: int) -> Row:
     began_s = time.monotonic()
     try:
         found = _of(planned, made, root)
+        if found[0] != OK:  # what it said is kept for whoever looks into it
+            (work / f"interruption-{number}.log").write_text("\n\n".join(screens))
     finally:
+        screens.clear()
         shutil.rmtree(root, ignore_errors=True)
     seconds = time.monotonic() - began_s
     target = f"{planned.whom} with {planned.workers} worker{'s' * (planned.workers > 1)}"
@@ -133,12 +136,13 @@ def _of(planned: Interruption, made: study.Finished, root: Path) -> tuple[str, i
     struck = target > 0 and _strike(planned, target)
     limit_s: float = LIMIT_S
     if planned.second_s is not None:
-        time.sleep(planned.second_s)
+        time.sleep(planned.second_s * busy())  # two signals that wait together are one
         struck = _strike(planned, target) or struck
         limit_s = SECOND_S * busy()
     code = watched.finish(limit_s)
     left = _left(watched.process.pid)
     text = watched.text.decode(errors="replace")
+    screens.append(text)
     if code is None:
         return "stuck", "", f"still there {limit_s:.0f} s after the last signal: {_last(text)}"
     if left:
@@ -154,6 +158,7 @@ def _of(planned: Interruption, made: study.Finished, root: Path) -> tuple[str, i
     return _to_the_end(arguments, code, made, root)
 
 
+screens: list[str] = []  # of the commands of a trial
 RUNS = ("lora", "longer", "lokr", "twin")
 
 
@@ -165,6 +170,7 @@ def _to_the_end(
     again = begin([*arguments, *retry])
     ended = again.finish(LIMIT_S)
     text = again.text.decode(errors="replace")
+    screens.append(text)
     if ended != 0:
         return "unmended", code, f"then exit code {ended}: {_last(text)}"
     if other := study.differing(study.results(root), _sound(made)):

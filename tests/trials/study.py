@@ -97,7 +97,7 @@ def draw(folder: Path) -> None:
     y, x = np.mgrid[:64, :64]
     for index, (name, colour) in enumerate(2 * list(COLOURS.items())):
         inside = (x - 20 - 4 * index) ** 2 + (y - 32) ** 2 < (10 + 2 * index) ** 2
-        image = np.where(inside[..., None], np.uint8(colour), np.uint8(235))
+        image = np.where(inside[..., None], np.array(colour, np.uint8), np.uint8(235))
         Image.fromarray(image).save(folder / f"{index:04d}.png")
         (folder / f"{index:04d}.txt").write_text(f"sks circle, {name}\n")
 

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 from tests.trials.study import ROOT
 
@@ -78,8 +79,8 @@ class Table:
             writer.writerows(asdict(row) for row in rows)
 
     @staticmethod
-    def _writer(file: object) -> "csv.DictWriter[str]":
-        return csv.DictWriter(file, [spec.name for spec in fields(Row)], lineterminator="\n")  # type: ignore[call-overload,no-any-return]
+    def _writer(file: TextIO) -> "csv.DictWriter[str]":
+        return csv.DictWriter(file, [spec.name for spec in fields(Row)], lineterminator="\n")
 
 
 def printable(text: str, most: int = 200) -> str:
