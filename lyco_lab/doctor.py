@@ -46,7 +46,6 @@ REQUIRED = {
     "pandas": "pandas.DataFrame",
     "pyarrow": "pyarrow.parquet.write_table",
     "pillow": "PIL.Image.open",
-    "omegaconf": "omegaconf.OmegaConf",
     "pyyaml": "yaml.safe_load",
     "sympy": "sympy.Symbol",
     "matplotlib": "matplotlib.figure.Figure",

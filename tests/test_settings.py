@@ -135,6 +135,7 @@ def test_the_warm_up_of_any_other_run_is_as_it_was(study):
         (["train.lr=${oc.env:HOME}"], ["outside of the study", '"train.lr=$HOME"']),
         (["data.prefix=${data.prefix}"], ["leads back to itself"]),
         (["data.prefix=${train}"], ["no file gives"]),
+        (["options.dropout=1"], ["options.dropout is 1.0, needs", "the command line"]),
         (["data.prefix=x${data}"], ["leads back to itself"]),
         (["data.prefix=x${optimizer}", "optimizer.eps=1"], ["which is no text, into text"]),
         (["data.prefix=${a b}"], ["is no reference"]),
@@ -178,10 +179,23 @@ BOMBS = {
 }
 
 
+REASONS = {
+    "laughs": "values and characters",
+    "merged": "values and characters",
+    "itself": "holds itself",
+    "nested": "nested more than 50 deep",
+    "deep": "nested more than 50 deep",
+    "tagged": "has the tag",
+    "digits": "no decimal number",
+    "strange": "not valid YAML",
+    "key": "is a list or a mapping",
+}
+
+
 @pytest.mark.parametrize("bomb", sorted(BOMBS))
 def test_a_file_that_would_not_end_is_refused_at_once(study, bomb):
     (study / "study.yaml").write_text(BOMBS[bomb])
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=REASONS[bomb]) as caught:
         load_study(study)
     assert "study.yaml" in str(caught.value) and len(str(caught.value)) < 700
 

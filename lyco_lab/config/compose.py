@@ -208,7 +208,7 @@ def _traced(make: Callable[[], Made], origins: Mapping[str, str], section: str =
     try:
         return make()
     except UserError as error:
-        said = str(error)
+        said = f"options.{error}" if section == "options" else str(error)  # which know no section
         family = said.split()[1] if said.startswith("the ") else said.partition(":")[0]
         within = f"{section or family}."
         named = [key for key in origins if _mentions(said, key)] or [
@@ -222,7 +222,7 @@ def _traced(make: Callable[[], Made], origins: Mapping[str, str], section: str =
         if places:
             each = ", ".join(f"{key} in {origins[key]}" for key in named)
             raise UserError(f"{said}; given are {each}") from error
-        raise
+        raise UserError(said) from error
 
 
 def _mentions(said: str, key: str) -> bool:
