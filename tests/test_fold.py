@@ -5,7 +5,6 @@ Stages here leave small files that say who made them, but for the tests that tra
 
 import csv
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -406,7 +405,7 @@ def test_what_is_folded_trains_to_the_same_and_what_is_not_does_not(study, tmp_p
     local.run_study(mine, root, quiet, fold=False)
     assert not os.path.samefile(one / "adapter.safetensors", half / "adapter.safetensors")
     assert losses(half) == folded
-    assert json.loads((half / "done" / "train.json").read_text())["steps"] == 6
+    assert Record(half).facts("train")["steps"] == 6
 
     found = {each.run: each for each in unfolded.compare(mine, root)}
     assert (found["half"].claim, found["half"].other) == ("bit for bit", "one")
@@ -423,6 +422,7 @@ def test_what_is_folded_trains_to_the_same_and_what_is_not_does_not(study, tmp_p
     stays = folder_of(mine, "stays", root)
     for name in ("adapter.safetensors", "train/metrics.csv"):
         shutil.copy(stays / name, half / name)
+    Record(half).finish("train", **Record(half).facts("train"))
     found = {each.run: each for each in unfolded.compare(mine, root)}
     assert found["half"].holds is False and "it was claimed, but" in found["half"].sentence
 

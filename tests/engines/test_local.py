@@ -103,10 +103,11 @@ runs:
 """
 
 
-def worker_of(root, name):
-    """The process that is training a run."""
+def worker_of(root, name, command):
+    """The process that is training a run, as part of a command."""
     metrics = f"{name}-????????/train/metrics.csv"
     while not any(file.read_text().count("\n") > 1 for file in root.glob(metrics)):
+        assert command.poll() is None, command.communicate()
         time.sleep(0.05)
     (folder,) = root.glob(f"{name}-????????")
     return int(owner(folder).split()[1])
@@ -121,7 +122,7 @@ def test_of_four_runs_one_diverges_one_is_killed_and_the_others_are_done(pytestc
     process = subprocess.Popen(
         command(folder, root, 2), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    os.kill(worker_of(root, "killed"), signal.SIGKILL)
+    os.kill(worker_of(root, "killed", process), signal.SIGKILL)
     stdout, stderr = process.communicate()
     assert process.returncode == 1, stderr
     assert "killed failed in train: its process was killed by signal 9 (SIGKILL), most" in stderr
