@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from lyco_lab.errors import UserError
 from lyco_lab.files import atomic, owner
 from lyco_lab.record import STAGES, Record
 
@@ -41,6 +42,7 @@ class Missing:
     stage: str  # the first that is not done
     failure: Failure | None = None
     running: str = ""  # by whom
+    damage: str = ""  # of what says that the stage is done
 
     @property
     def sentence(self) -> str:
@@ -49,6 +51,8 @@ class Missing:
             return f"failed in {self.failure.stage}: {self.failure.reason}"
         if self.running:
             return f"{self.stage} is running ({self.running})"
+        if self.damage:
+            return f"{self.stage} is not known to be done: {self.damage}"
         return f"{self.stage} is not done"
 
 
@@ -68,7 +72,18 @@ def missing(name: str, record: Record) -> Missing | None:
     if failed is not None:
         return Missing(name, failed.stage, failed)
     stage = next((stage for stage in STAGES if not record.done(stage)), None)
-    return None if stage is None else Missing(name, stage, None, owner(record.path))
+    if stage is None:
+        return None
+    return Missing(name, stage, None, owner(record.path), _damage(record, stage))
+
+
+def _damage(record: Record, stage: str) -> str:
+    if record.mark_file(stage).is_file():
+        try:
+            record.mark(stage)
+        except UserError as error:
+            return " ".join(str(error).split())
+    return ""
 
 
 def fail(record: Record, stage: str, reason: str, trace: str) -> Failure:

@@ -178,6 +178,7 @@ class Step:
             if self.stage == TRAIN and not self.fresh:
                 begin_from_shorter(self.run, record)
             BY_NAME[self.stage](self.run, record)
+        forgive(record)
 
 
 Job = list[Step]  # of a run and those that need its result, one after another

@@ -185,6 +185,9 @@ def test_states(tmp_path):
     assert failure(record) is None and missing("a", record).stage == "train"
     forgive(record)
     assert not (record.path / "failed").exists()
+    record.mark_file("data").write_bytes(b"")
+    assert "data is not known to be done: " in missing("a", record).sentence
+    assert "data.json is damaged" in missing("a", record).sentence
 
 
 def test_whom_one_waits_for_is_said(tmp_path, capsys):
