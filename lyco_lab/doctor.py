@@ -46,6 +46,7 @@ REQUIRED = {
     "pandas": "pandas.DataFrame",
     "pyarrow": "pyarrow.parquet.write_table",
     "pillow": "PIL.Image.open",
+    "omegaconf": "omegaconf.OmegaConf",
     "pyyaml": "yaml.safe_load",
     "sympy": "sympy.Symbol",
     "matplotlib": "matplotlib.figure.Figure",

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lyco_lab.errors import UserError
 from lyco_lab.readers import read_text
@@ -126,62 +128,85 @@ def spelled(text: str, hints: tuple[Any, ...]) -> Any:
 
 
 def resolve(merged: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """`merged` with each ${section.key} replaced by the value of that setting.
+    """`merged` with each ${section.key} replaced by the value of that setting, by OmegaConf.
 
     ${.key} is a setting of the same section, ${..key} one of the section around it. Text of which
-    a reference is only a part becomes text. `\\${` is no reference.
+    a reference is only a part becomes text. `\\${` is no reference. What OmegaConf would read from
+    outside of the study, or could not hold in memory, is refused before it begins.
     """
-    found = _References(merged, origin).value(merged, ())
-    measure(found, lambda why: UserError(f"the settings in {origin} are too much: {why}"))
+    if not _refers(merged):
+        return dict(merged)
+    size = _References(merged, origin).size(merged, ())
+    if size > MOST:
+        raise UserError(
+            f"the settings in {origin} are too much: more than {MOST:,} values and characters"
+        )
+    try:
+        found = OmegaConf.to_container(OmegaConf.create(dict(merged)), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{' '.join(str(error).split())}, in {origin}") from error
     return typing.cast(dict[str, Any], found)
 
 
+def _refers(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_refers, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_refers, value))
+    return isinstance(value, str) and "${" in value
+
+
 class _References:
+    """Checks every reference, and counts what all become once they are written out."""
+
     def __init__(self, root: Mapping[str, Any], origin: str) -> None:
         self.root, self.origin = root, origin
-        self.known: dict[tuple[str, ...], Any] = {}
+        self.known: dict[tuple[str, ...], int] = {}
         self.within: list[tuple[str, ...]] = []
 
-    def at(self, path: tuple[str, ...]) -> Any:
-        """The resolved value at a path; a value that is used often is made once."""
+    def at(self, path: tuple[str, ...]) -> int:
+        """The size of the value at a path; that of a value that is used often is found once."""
         if path not in self.known:
-            here: Any = self.root
-            for part in path:
-                here = _entry(here, part)
+            here = self._value(path)
             if path in self.within or len(self.within) > DEEPEST:
                 raise self._wrong(here, path, "leads back to itself")
             self.within.append(path)
-            self.known[path] = self.value(here, path)
+            self.known[path] = self.size(here, path)
             self.within.pop()
         return self.known[path]
 
-    def value(self, value: Any, path: tuple[str, ...]) -> Any:
+    def size(self, value: Any, path: tuple[str, ...]) -> int:
         if isinstance(value, Mapping):
-            return {key: self.value(item, (*path, str(key))) for key, item in value.items()}
+            return 1 + sum(self.size(item, (*path, str(key))) for key, item in value.items())
         if isinstance(value, list | tuple):
-            return [self.value(item, (*path, str(i))) for i, item in enumerate(value)]
-        return self._text(value, path) if isinstance(value, str) and "${" in value else value
+            return 1 + sum(self.size(item, (*path, str(i))) for i, item in enumerate(value))
+        if isinstance(value, str) and "${" in value:
+            return self._text(value, path)
+        return len(value) if isinstance(value, str) else 1
 
-    def _text(self, text: str, path: tuple[str, ...]) -> Any:
+    def _text(self, text: str, path: tuple[str, ...]) -> int:
         whole = REFERENCE.fullmatch(text)
         if whole and not text.startswith("\\"):
             return self.at(self._path(text, whole[1], path))
         if "${" in REFERENCE.sub("", text):
             raise self._wrong(text, path, "opens ${ and does not close it")
-        parts: list[str] = []
-        last = size = 0
+        size = len(text)
         for match in REFERENCE.finditer(text):
-            shown_text = match[0][1:]
-            if not match[0].startswith("\\"):
-                value = self.at(self._path(text, match[1], path))
-                if isinstance(value, Mapping | list):
-                    raise self._wrong(text, path, f"puts {match[0]}, which is no text, into text")
-                shown_text = str(value)
-            parts += [text[last : match.start()], shown_text]
-            last, size = match.end(), size + len(shown_text)
+            if match[0].startswith("\\"):
+                continue
+            other = self._path(text, match[1], path)
+            if isinstance(self._value(other), Mapping | list):
+                raise self._wrong(text, path, f"puts {match[0]}, which is no text, into text")
+            size += self.at(other)
             if size > LONGEST_TEXT:
                 raise self._wrong(text, path, f"becomes more than {LONGEST_TEXT:,} characters")
-        return "".join([*parts, text[last:]])
+        return size
+
+    def _value(self, path: tuple[str, ...]) -> Any:
+        here: Any = self.root
+        for part in path:
+            here = _entry(here, part)
+        return here
 
     def _path(self, text: str, reference: str, path: tuple[str, ...]) -> tuple[str, ...]:
         if ":" in reference:
@@ -197,10 +222,7 @@ class _References:
             raise self._wrong(text, path, "is no reference: write ${section.key}")
         up, names = len(plain[1]), tuple(plain[2].split("."))
         start = path[: len(path) - up] if up else ()
-        here: Any = self.root
-        for part in (*start, *names):
-            here = _entry(here, part)
-        if here is _MISSING or up > len(path):
+        if self._value((*start, *names)) is _MISSING or up > len(path):
             raise self._wrong(
                 text, path, f"refers to {'.'.join((*start, *names))!r}, which no file gives"
             )
