@@ -19,7 +19,6 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from lyco_lab import interrupts
-from lyco_lab.console import set_log_level
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.interrupts import Stopped, answering, blocked, ignore, unblock
 
@@ -77,7 +76,9 @@ def cores() -> int:
 
 def begin(threads: int, parent: int) -> None:
     """Set a worker up: the threads it computes with, and the process that it dies with."""
-    import torch  # here, as `cores` is asked without it
+    import torch  # here, as `cores` is asked where nothing else may be installed
+
+    from lyco_lab.console import set_log_level
 
     set_log_level(None)
     torch.set_num_threads(threads)

@@ -75,6 +75,8 @@ def test_each_stage_goes_by_the_accelerator(
         return Model()
 
     record = Record.open(tmp_path, run)
+    for module in (generate_module, evaluate_stage):
+        monkeypatch.setattr(module, "base_folder", lambda *_: tmp_path / "base" / "kael-0")
     if stage == "train":
         monkeypatch.setattr(train_stage, "load", loaded)
         work = lambda: train_stage.frozen(run)  # noqa: E731

@@ -108,9 +108,9 @@ def test_a_lock_is_never_another_file(tmp_path):
             use()
     assert thesis.read_text() == "years of work"
     (folder / ".lock").unlink()
-    (folder / ".lock").write_text("12 elsewhere")
+    os.link(thesis, folder / ".lock")
     with locked(folder):
-        assert (folder / ".lock").read_text() == "12 elsewhere"
+        assert thesis.read_text() == "years of work"
     os.remove(folder / ".lock")
     os.mkfifo(folder / ".lock")
     with pytest.raises(UserError, match="no regular file"), locked(folder):

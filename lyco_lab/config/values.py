@@ -195,9 +195,9 @@ class _References:
             if match[0].startswith("\\"):
                 continue
             other = self._path(text, match[1], path)
+            size += self.at(other)
             if isinstance(self._value(other), Mapping | list):
                 raise self._wrong(text, path, f"puts {match[0]}, which is no text, into text")
-            size += self.at(other)
             if size > LONGEST_TEXT:
                 raise self._wrong(text, path, f"becomes more than {LONGEST_TEXT:,} characters")
         return size

@@ -321,7 +321,7 @@ def test_a_description_builds_it_again(axis, detached, of):
         ({"of": {"kind": "lorra"}}, r"adapter\.of\.kind is 'lorra'.*did you mean 'lora'\?"),
         ({"of": {"kind": "lora", "rnak": 3}}, r"adapter\.of\.rnak.*did you mean 'rank'\?"),
         ({"of": {"kind": "lora", "rank": 0}}, r"adapter\.of: LoRA needs rank"),
-        ({"of": 3}, "of to be an adapter that adds to the weight.*got 3"),
+        ({"of": 3}, "adapter.of is 3, needs a section of its own"),
         ({"axsi": "in"}, r"adapter\.axsi: 'dora' has no 'axsi'.*did you mean 'axis'\?"),
         ({"kind": 3}, "adapter.kind is 3, needs one of"),
     ],

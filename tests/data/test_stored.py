@@ -341,7 +341,7 @@ def test_prior_images_take_their_share_and_weight(tmp_path, diffusion, begin):
         assert batch.prior_B.sum() == 1
         assert torch.equal(batch.weights.flatten(), torch.where(batch.prior_B, 0.25, torch.ones(4)))
         assert batch.latents_BCHW.shape[0] == 4
-    record = json.loads(next((tmp_path / "runs").glob("*/done/data.json")).read_text())
+    record = json.loads(next((tmp_path / "runs").glob("*/done/data.json")).read_text())["facts"]
     assert (record["images"], record["prior_images"]) == (2, 3)
 
 

@@ -260,9 +260,18 @@ def test_a_file_that_holds_something_else_is_no_result(begin, monkeypatch):
     assert not record.done("train")
 
 
-def test_a_last_step_that_leaves_no_number_is_no_result(begin):
+def test_a_last_step_that_leaves_no_number_is_no_result(begin, monkeypatch):
     """Its loss and gradients were finite, so no other check sees it."""
-    run, record = begin(steps=1, warmup_steps=0, optimizer={"kind": "sgd"}, lr=1e45, grad_clip=None)
+    step = torch.optim.SGD.step
+
+    @torch.no_grad()
+    def overflow(self, closure=None):
+        loss = step(self, closure)
+        self.param_groups[0]["params"][0].fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(torch.optim.SGD, "step", overflow)
+    run, record = begin(steps=1, warmup_steps=0, optimizer={"kind": "sgd"}, grad_clip=None)
     with pytest.raises(UserError, match="is not finite after step 1, the last.*smaller train.lr"):
         train(run, record)
     assert not record.done("train")

@@ -170,7 +170,7 @@ def test_an_interruption_leaves_nothing(verify, monkeypatch, empty):
         (["adapter.kind=loha"], "adapter.kind is what --adapter says"),
         (["adapter.alpha=2"], "adapter.alpha is what --gamma says"),
         (["adapter.rnk=2"], "(did you mean 'adapter.rank'?)"),
-        (["train.lr=-1"], "train.lr is -1.0"),
+        (["train.lr=-1"], "train.lr is -1,"),
         (["--out", "."], "which is a folder"),
     ],
 )
