@@ -1,6 +1,7 @@
 """A random Stable Diffusion small enough to train in a second, and a concept to train it on."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,11 @@ TRIGGER, CLASS = "sks", "circle"
 
 
 torch.set_num_threads(1)  # a module's fixtures are made before a test's
+
+# A shell without job control lets what it starts in the background ignore Ctrl-C, and so would
+# every process that a test begins.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
