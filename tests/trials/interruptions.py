@@ -195,6 +195,10 @@ def _sound(made: study.Finished) -> dict[str, str]:
 
 
 def begin(arguments: list[str]) -> Watched:
+    """Start a command that hears all signals: a shell's job in the background ignores some."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     process = subprocess.Popen(
         study.command(*arguments),
         stdin=subprocess.DEVNULL,

@@ -218,3 +218,16 @@ def test_the_work_folder_keeps_its_pictures(tmp_path):
     assert len(times) == 12
     study.draw(tmp_path / "pictures")
     assert times == {p: p.stat().st_mtime_ns for p in Path(tmp_path / "pictures").iterdir()}
+
+
+def test_a_command_hears_signals_that_the_trials_were_started_to_ignore(monkeypatch):
+    waits = [sys.executable, "-c", "import time; print('[1/1] ', flush=True); time.sleep(60)"]
+    monkeypatch.setattr(study, "command", lambda *arguments: waits)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        begun = interruptions.begin([])
+        assert begun.until(1, 60)
+        begun.process.send_signal(signal.SIGINT)
+        assert begun.finish(60) == -signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
