@@ -34,7 +34,7 @@ from lyco_lab.config.compose import (
 )
 from lyco_lab.config.run import Run
 from lyco_lab.errors import UserError, nearest
-from lyco_lab.settings import SHOWN, shown
+from lyco_lab.settings import LONGEST_PATH, SHOWN, shown
 
 STUDY_KEYS = ("question", "expectation", "base", "set", "grid", "runs", "pairs")
 VARIANT_KEYS = ("name", "set", "grid")
@@ -81,7 +81,9 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
 
     common = [Layer(f"{path} (set)", _mapping(read.get("set"), "set", path))]
     if read.get("base") is not None:
-        if not isinstance(read["base"], str) or not read["base"].isprintable():
+        named = read["base"]
+        right = isinstance(named, str) and named.isprintable() and len(named) <= LONGEST_PATH
+        if not right:
             raise UserError(f"base in {path} is {shown(read['base'])}, needs the path of a file")
         base = path.parent / read["base"]
         common.insert(0, Layer(str(base), read_yaml(base)))
