@@ -237,10 +237,15 @@ def _names(text: str, damage: Damage) -> bool:
         folder, _, file = name.partition("/")
         if folder in plain and (file in plain or Path(file).name in plain):
             return True
-    # Without its last mark a run is one that is not evaluated yet.
-    run, _, mark = damage.file.partition("/")
-    lost = damage.action == "delete" and mark == "done/evaluate.json"
-    return lost and bool(re.search(f"{run.rpartition('-')[0]}.*not(evaluated|done)", plain))
+    return damage.action == "delete" and _says_undone(plain, damage.file)
+
+
+def _says_undone(plain: str, file: str) -> bool:
+    """Whether a text without blanks says that the stage of a lost mark is not done."""
+    folder, _, mark = file.rpartition("/done/")
+    name = Path(folder).name
+    said = name in plain or name.rpartition("-")[0] in plain
+    return bool(mark) and said and bool(re.search("notdone|notevaluated", plain))
 
 
 KIND = Kind("damages", 300, trial)

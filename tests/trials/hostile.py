@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import yaml
 
 from lyco_lab.config.compose import KEYS
+from tests.trials.study import ROOT
 
 # As YAML reads them; None and the like stand for themselves.
 VALUES: tuple[Any, ...] = (
@@ -28,9 +30,38 @@ BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 'x'}]\n" 
 Edit = Callable[[str, random.Random], str]
 
 
+# Of the kind that a setting has, so that many are accepted and what is behind them is met.
+NUMBERS = (0, 1, 2, 3, 8, 64, 1000, 10**6, 0.5, 1e-6, 0.1, 1.5, 1e4)
+WORDS = (
+    None, "loha", "lokr", "oft", "dora", "native", "lion", "sgd", "prodigy", "adafactor", "cosine",
+    "linear", "polynomial", "huber", "full", "attn-only", "bf16", "ema", "v_prediction", "sd1",
+    "alpha", "files", "fp16", "live", "random", "keep", "classes", "drop", "cpu", "ddp", "offline",
+    "class", "logit_normal", "kael", "falls", "sks", 2,
+)  # fmt: skip
+
+
 def setting(rng: random.Random) -> tuple[str, Any]:
-    """One of the settings, and a value that is rarely one of its own."""
-    return rng.choice(KEYS), rng.choice(VALUES)
+    """One of the settings, and a value: any at all, or one of the kind that it has."""
+    if rng.random() < 0.4:
+        return rng.choice(KEYS), rng.choice(VALUES)
+    key, usual = rng.choice(usual_settings())
+    if isinstance(usual, bool):
+        return key, not usual
+    if isinstance(usual, int | float):
+        return key, rng.choice((*NUMBERS, 2 * usual, usual // 2, usual))
+    return key, rng.choice((*WORDS, *NUMBERS, usual))
+
+
+@cache
+def usual_settings() -> list[tuple[str, Any]]:
+    """The settings that every run has, and where they begin."""
+    read = yaml.safe_load((ROOT / "experiments" / "base.yaml").read_text())
+    return [
+        (f"{section}.{key}", value)
+        for section, values in read.items()
+        if isinstance(values, dict)
+        for key, value in values.items()
+    ]
 
 
 def put_values(text: str, rng: random.Random) -> str:
@@ -88,6 +119,8 @@ def characters(text: str, rng: random.Random) -> str:
 
 
 EDITS: tuple[Edit, ...] = (
+    put_values,
+    put_values,
     put_values,
     put_values,
     replace_node,
