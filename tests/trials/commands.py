@@ -33,7 +33,8 @@ def trial(work: Path, seed: int, number: int) -> Row:
         verdict = judged(ending) if not out.exists() else "written"
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    return row("commands", number, shlex.join(words), action, verdict, ending)
+    target = shlex.join(words).replace(str(plain), plain.name)
+    return row("commands", number, target, action, verdict, ending)
 
 
 def _mutated(rng: random.Random, plain: str) -> tuple[list[str], str]:
