@@ -16,6 +16,7 @@ from lyco_lab.config import Data, Evaluate, Generate, Model, Run, Train, Wandb, 
 from lyco_lab.config.compose import KEYS, SECTIONS, parse_overrides, read_yaml
 from lyco_lab.config.groups import Group
 from lyco_lab.config.run import LAYER_PRESETS
+from lyco_lab.config.values import literal, resolve
 from lyco_lab.diffusion import targets
 from lyco_lab.errors import UserError
 from lyco_lab.optimizers import OPTIMIZERS
@@ -192,6 +193,25 @@ def test_interpolation_is_resolved(study):
     (run,) = study("set: {data.concept: kael, train: {lr: 1e-3, text_encoder_lr: '${.lr}'},"
                    " model.text_encoder: true}").runs  # fmt: skip
     assert run.train.text_encoder_lr == 1e-3
+
+
+PIECES = ["\\", "${a}", "${oc.env:HOME}", "${", "}", "{", "x", " ", "$", "${b", "'", '"', ":", "."]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(PIECES), max_size=8).map("".join))
+def test_any_text_is_resolved_by_one_rule_and_reads_nothing_from_outside(text):
+    assert resolve({"a": "V", "s": literal(text)}, "study.yaml")["s"] == text
+
+    def naive(match):  # half of the backslashes stay; an even number of them leaves a reference
+        slashes, rest = match[1], match[0][len(match[1]) :]
+        return slashes[: len(slashes) // 2] + ("V" if len(slashes) % 2 == 0 else rest)
+
+    try:
+        found = resolve({"a": "V", "s": text}, "study.yaml")["s"]
+    except UserError:
+        return
+    assert found == re.sub(r"(\\*)\$\{(?:a\})?", naive, text)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,9 @@ WHOLE = re.compile(r"[-+]?[0-9]+", re.ASCII)
 DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?", re.ASCII)
 NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 MOST_DIGITS = 400  # of a number; more are an accident
-REFERENCE = re.compile(r"\\?\$\{([^{}]*)\}")
+# An odd number of backslashes in front says that `${` is text; OmegaConf keeps half of them.
+OPENING = re.compile(r"(\\*)\$\{")
+REFERENCE = re.compile(OPENING.pattern + r"([^{}]*)\}")
 PLAIN = re.compile(r"(\.*)([A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*)")
 CORE = ("str", "int", "float", "bool", "null", "map", "seq", "merge")
 
@@ -131,8 +133,8 @@ def resolve(merged: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """`merged` with each ${section.key} replaced by the value of that setting, by OmegaConf.
 
     ${.key} is a setting of the same section, ${..key} one of the section around it. Text of which
-    a reference is only a part becomes text. `\\${` is no reference. What OmegaConf would read from
-    outside of the study, or could not hold in memory, is refused before it begins.
+    a reference is only a part becomes text. `\\${` is no reference (see `literal`). What OmegaConf
+    would read from outside of the study, or could not hold in memory, is refused before it begins.
     """
     if not _refers(merged):
         return dict(merged)
@@ -146,6 +148,11 @@ def resolve(merged: Mapping[str, Any], origin: str) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise UserError(f"{' '.join(str(error).split())}, in {origin}") from error
     return typing.cast(dict[str, Any], found)
+
+
+def literal(text: str) -> str:
+    """What `resolve` reads as this very text, whatever it looks like."""
+    return OPENING.sub(lambda match: match[1] * 2 + "\\${", text)
 
 
 def _refers(value: Any) -> bool:
@@ -186,15 +193,15 @@ class _References:
 
     def _text(self, text: str, path: tuple[str, ...]) -> int:
         whole = REFERENCE.fullmatch(text)
-        if whole and not text.startswith("\\"):
-            return self.at(self._path(text, whole[1], path))
-        if "${" in REFERENCE.sub("", text):
+        if whole and not whole[1]:
+            return self.at(self._path(text, whole[2], path))
+        opened = sum(len(match[1]) % 2 == 0 for match in OPENING.finditer(text))
+        references = [found for found in REFERENCE.finditer(text) if len(found[1]) % 2 == 0]
+        if opened != len(references):
             raise self._wrong(text, path, "opens ${ and does not close it")
         size = len(text)
-        for match in REFERENCE.finditer(text):
-            if match[0].startswith("\\"):
-                continue
-            other = self._path(text, match[1], path)
+        for match in references:
+            other = self._path(text, match[2], path)
             size += self.at(other)
             if isinstance(self._value(other), Mapping | list):
                 raise self._wrong(text, path, f"puts {match[0]}, which is no text, into text")

@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from lyco_lab.config import Study, load_study
+from lyco_lab.config.values import literal
 from lyco_lab.data.sdscripts import read_toml
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.files import writing
@@ -148,7 +149,7 @@ def write(keys: Keys, name: str) -> str:
 
 def _line(indent: str, ours: str, value: Any, theirs: str) -> str:
     if isinstance(value, str):
-        value = value.replace("${", "\\${")  # no reference to another setting
+        value = literal(value)  # no reference to another setting
     text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
     text = text.removesuffix("\n").removesuffix("\n...")
     return f"{indent}{ours}: {text} # {theirs}"
