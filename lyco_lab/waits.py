@@ -13,6 +13,8 @@ from torch import Tensor
 REASONS = {
     "weights": "once for each layer, when an adapter is attached: a frozen weight that is not "
     "finite is an error before anything trains",
+    "merged": "once for each tensor that an adapter is merged into: a sum that it cannot hold is "
+    "an error before anything is drawn",
     "step": "once in each step, after its backward pass: a loss or gradient that is not finite "
     "must never reach the factors, gradients are clipped by their norm, and the row of a step is "
     "in metrics.csv once the step is over, so that a killed process loses none",

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lyco_lab import waits
 from lyco_lab.adapters import attention, forward, geometry, plan
 from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
 from lyco_lab.adapters.options import SCALAR, Options
@@ -62,7 +63,7 @@ class Mount(nn.Module):
             name: factor for name, factor in self.factors.items() if name != BIAS and name != SCALAR
         }
 
-    def current(self, strength: float | None = None) -> Factors:
+    def current(self, strength: Tensor | float | None = None) -> Factors:
         """The factors as the rule sees them now: with scalar, masks and strength in."""
         adapter, inner = self.adapter, self.adapter.inner
         strength = self.strength if strength is None else strength
@@ -78,7 +79,7 @@ class Mount(nn.Module):
                     factors[name] = self._masked(factors[name], axis)
             if self.options.module_dropout and _linear(adapter):
                 _scale(factors, adapter.scaling, self._module_mask())
-        if strength != 1.0:
+        if not _is_one(strength):
             _scale(factors, adapter.scaling, strength)
         if self.gates is not None:
             factors[GATE] = self.gates
@@ -149,6 +150,11 @@ def _scale(factors: Factors, names: Sequence[str], by: Tensor | float) -> None:
     for name in names:
         if name in factors:
             factors[name] = factors[name] * by
+
+
+def _is_one(strength: Tensor | float) -> bool:
+    """Whether a strength does nothing. A tensor's is not read: its device would be waited for."""
+    return not isinstance(strength, Tensor) and strength == 1.0
 
 
 def _linear(adapter: Adapter) -> bool:
@@ -430,7 +436,7 @@ class Overflow(ValueError):
 def rounded(total: Tensor, dtype: torch.dtype) -> Tensor:
     """`total` in `dtype`. Raises `Overflow` where that is not finite."""
     result = total.to(dtype)
-    if not torch.isfinite(result).all():
+    if not waits.host(torch.isfinite(result).all(), "merged"):
         largest, most = float(total.abs().max()), torch.finfo(dtype).max
         raise Overflow(f"would hold {largest:.4g}, and {dtype} holds at most {most:.4g}")
     return result
@@ -462,7 +468,7 @@ def merge_in_place(layer: nn.Module, mount: Mount) -> None:
         bias.data.copy_(bias.to(mount.dtype) + offset)
 
 
-def _evaluated(mount: Mount, strength: float | None = None) -> Factors:
+def _evaluated(mount: Mount, strength: Tensor | float | None = None) -> Factors:
     """The factors without what is dropped in training."""
     training = mount.training
     mount.training = False
@@ -482,11 +488,11 @@ def adapted_weight(mount: Mount, weight: Tensor) -> Tensor:
         return mount.adapter.adapted(weight.to(mount.dtype), _evaluated(mount))
 
 
-def weight_delta(mount: Mount, weight: Tensor, strength: float | None = None) -> Tensor:
+def weight_delta(mount: Mount, weight: Tensor, strength: Tensor | float | None = None) -> Tensor:
     """strength * (W' - W), at least in float32."""
     strength = mount.strength if strength is None else strength
     with plan.exact(weight):
         delta = mount.adapter.delta(weight.to(mount.dtype), _evaluated(mount, strength))
-    if strength != 1.0 and not mount.adapter.scaling:
+    if not _is_one(strength) and not mount.adapter.scaling:
         delta = strength * delta
     return delta

@@ -128,7 +128,7 @@ def _mount(
         weight = torch.empty(target.shape, device="meta", dtype=computing)
         start = _on_cpu(adapter, weight, rng)
     else:
-        start = adapter.init(original.weight.detach().to("cpu", computing), rng)
+        start = adapter.init(waits.host(original.weight, "weights").to(computing), rng)
     if options.use_scalar:
         for name, factor in start.items():
             if name not in adapter.untrained and not factor.any():
@@ -319,9 +319,7 @@ class Mounted:
             def norm(
                 share: Tensor | float, mount: Mount = mount, weight: Tensor = weight
             ) -> Tensor:
-                return torch.linalg.vector_norm(
-                    layers.weight_delta(mount, weight, strength=cast(float, share))
-                )
+                return torch.linalg.vector_norm(layers.weight_delta(mount, weight, strength=share))
 
             whole = norm(1.0)
             if layers._linear(mount.adapter):

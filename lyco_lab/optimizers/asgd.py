@@ -30,6 +30,7 @@ class ASGD(Optimizer):
 
     powers: ClassVar = {"lr": 2, "lambd": -2, "weight_decay": -2}
     averages: ClassVar = True
+    waits: ClassVar = "torch reads the step size and the average's share of every factor"
 
     def __post_init__(self) -> None:
         most = float("inf")

@@ -87,12 +87,14 @@ class SD3(Diffusion):
         return predicted
 
     def pipeline(self) -> Any:
-        from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+        from diffusers import StableDiffusion3Pipeline
+
+        from lyco_lab.diffusion.sampler import FlowSampler
 
         with quiet():
             pipeline: Any = StableDiffusion3Pipeline(
                 transformer=self.transformer,
-                scheduler=FlowMatchEulerDiscreteScheduler.from_config(dict(self.schedule)),
+                scheduler=FlowSampler.from_config(dict(self.schedule)),
                 vae=self.vae,
                 text_encoder=self.text_encoder,
                 text_encoder_2=self.text_encoder_2,
