@@ -22,7 +22,7 @@ Runs that a study names in its `pairs` train from their first step.
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,8 @@ def begin(run: Run, record: Record) -> None:
                 tracker.log(int(row["step"] or 0), shown(row))
         journal.write(folder / "metrics.csv", rows)
         # Last, since with it the run has begun.
-        Checkpoints.of(record).save(state)
+        digest = journal.digests(folder / "metrics.csv")[-1]
+        Checkpoints.of(record).save(replace(state, rows=digest))
         return
 
 

@@ -197,6 +197,7 @@ class Saving(lightning.Callback):
             nondeterministic=tuple(sorted(self.exactness.operations)),
             callbacks=self.plugged.state(),
             ended=module.trainer.should_stop,
+            rows=self.journal.digest,
         )
 
     def on_train_batch_end(

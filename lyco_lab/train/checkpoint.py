@@ -9,7 +9,7 @@ it is used.
 """
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class State:
     nondeterministic: tuple[str, ...] = ()  # operations that it met without an exact algorithm
     callbacks: dict[str, dict[str, Any]] = field(default_factory=dict)  # what they remember
     ended: bool = False  # a callback has stopped the run
+    rows: str = ""  # the digest of metrics.csv up to this step; "" in files that have none
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,21 @@ class Checkpoints:
         """Newest first."""
         return sorted(self.folder.glob("step*.ckpt"), reverse=True)
 
-    def latest(self, rows: int, say: Callable[[str], None] = print) -> State | None:
-        """The newest whole state with a row of the journal for each step; None: begin at 0.
+    def latest(self, rows: Sequence[str], say: Callable[[str], None] = print) -> State | None:
+        """The newest whole state whose rows are in the journal as it left them; None: begin at 0.
 
-        `rows`: how many the journal has. What has to be passed over is said, and deleted.
+        `rows`: the journal's `digests`. What has to be passed over is said, and deleted.
         """
         for file in self.files():
             state = read(file)
-            if state is not None and state.step <= rows:
+            if state is None:
+                reason = "is damaged"
+            elif state.step >= len(rows):
+                reason = f"lacks its rows in metrics.csv ({len(rows) - 1})"
+            elif state.rows not in ("", rows[state.step]):
+                reason = "was saved beside other rows than metrics.csv has now"
+            else:
                 return state
-            reason = "is damaged" if state is None else f"lacks its rows in metrics.csv ({rows})"
             say(f"the checkpoint {file.name} {reason}: going on from the one before it")
             file.unlink()
         return None

@@ -9,6 +9,7 @@ bit of them is lost.
 """
 
 import csv
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,9 @@ class Journal:
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
         write(path, rows(path, step))
+        self._digest = hashlib.blake2b(digest_size=16)
+        for cells in _rows_up_to(path, step):
+            self._digest.update(_hashed(cells))
         with writing(path.parent):
             self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
@@ -39,6 +43,12 @@ class Journal:
         with writing(self.path.parent):
             self._writer.writerow(_cells(row))
             self._file.flush()
+        self._digest.update(_hashed(_cells(row)))
+
+    @property
+    def digest(self) -> str:
+        """Of all rows so far; what `digests` finds in the file."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
         """Onto the disk itself, before a checkpoint relies on it."""
@@ -83,9 +93,18 @@ def column(path: Path, name: str, step: int) -> dict[int, float]:
     return {int(row[0]): float(row[at]) for row in _rows_up_to(path, step) if row[at]}
 
 
-def rows_of(path: Path) -> int:
-    """How many whole rows there are, counted from step 1 without a gap."""
-    return len(_rows_up_to(path, None))
+def digests(path: Path) -> list[str]:
+    """The digest of the first 0, 1, 2, … whole rows, counted from step 1 without a gap."""
+    digest = hashlib.blake2b(digest_size=16)
+    found = [digest.hexdigest()]
+    for row in _rows_up_to(path, None):
+        digest.update(_hashed(row))
+        found.append(digest.hexdigest())
+    return found
+
+
+def _hashed(cells: list[str]) -> bytes:
+    return (",".join(cells) + "\n").encode()
 
 
 def _cells(row: Row) -> list[str]:

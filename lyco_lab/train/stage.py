@@ -42,7 +42,7 @@ from lyco_lab.train.divergence import Divergence
 from lyco_lab.train.exact import Inexact, exact
 from lyco_lab.train.fitting import fit, orders
 from lyco_lab.train.guard import first_factor
-from lyco_lab.train.journal import Journal, rows_of
+from lyco_lab.train.journal import Journal, digests
 from lyco_lab.train.module import Training
 from lyco_lab.train.plugged import Plugged, plugged
 from lyco_lab.train.processes import Process, together
@@ -75,7 +75,7 @@ def _train(run: Run, record: Record, strict: bool) -> None:
     mounted = mount(run, diffusion)
     module = training(run, diffusion, mounted)
     checkpoints = Checkpoints.of(record)
-    state = checkpoints.latest(rows_of(folder / "metrics.csv"))
+    state = checkpoints.latest(digests(folder / "metrics.csv"))
     first = 0 if state is None else state.step
     if state is not None:
         module.load_state(state)

@@ -99,6 +99,8 @@ class Watching(TorchDispatchMode):
         masked = operation.overloadpacket in (aten.index, aten.index_put_) and any(
             is_there(leaf) and leaf.dtype == torch.bool for leaf in tree_leaves(args[1])
         )
+        if masked and operation.overloadpacket == aten.index_put_:
+            masked = args[2].numel() != 1  # one number: on a GPU, torch's masked_fill_
         if masked or (given and operation.overloadpacket in READING):
             self.refuse(f"{operation} waits for the device")
             if operation.overloadpacket == aten._local_scalar_dense:

@@ -1,14 +1,19 @@
 """Checkpoints: small, plain, atomic, and passed over when damaged."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lyco_lab.train.checkpoint import Checkpoints, State, read
 
+ROWS = [f"digest of {step} rows" for step in range(21)]
+
 
 def state(step, value=1.0):
     return State(
+        rows=ROWS[step],
         step=step,
         factors={"unet": {"layer.a_RQ": torch.full((2, 3), value)}},
         average=None,
@@ -27,14 +32,14 @@ def same(a, b):
 def test_what_is_saved_is_read_back(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(state(7))
-    found = checkpoints.latest(rows=7)
+    found = checkpoints.latest(ROWS[:8])
     assert same(found, state(7))
     assert found.optimizer["param_groups"] == [{"lr": 0.1}]
     assert (found.seconds, found.threads, found.average) == (1.5, 1, None)
 
 
 def test_nothing_saved_is_no_state(tmp_path):
-    assert Checkpoints(tmp_path / "none").latest(rows=0) is None
+    assert Checkpoints(tmp_path / "none").latest(ROWS[:1]) is None
 
 
 def test_the_last_two_are_kept(tmp_path):
@@ -61,7 +66,7 @@ def test_damage_anywhere_is_noticed_or_harmless(tmp_path, data):
         content[place] ^= 1 << data.draw(st.integers(0, 7))
         newest.write_bytes(content)
     said = []
-    found = checkpoints.latest(rows=10, say=said.append)
+    found = checkpoints.latest(ROWS, say=said.append)
     assert same(found, state(10, value=2.0)) or (same(found, state(5)) and said)
 
 
@@ -71,7 +76,7 @@ def test_a_damaged_one_is_passed_over_with_a_message(tmp_path):
     checkpoints.save(state(10))
     checkpoints.files()[0].write_bytes(checkpoints.files()[0].read_bytes()[:-100])
     said = []
-    assert checkpoints.latest(rows=10, say=said.append).step == 5
+    assert checkpoints.latest(ROWS, say=said.append).step == 5
     assert said == ["the checkpoint step00000010.ckpt is damaged: going on from the one before it"]
     assert [f.name for f in checkpoints.files()] == ["step00000005.ckpt"]
 
@@ -81,8 +86,19 @@ def test_one_whose_rows_are_lost_is_passed_over(tmp_path):
     checkpoints.save(state(5))
     checkpoints.save(state(10))
     said = []
-    assert checkpoints.latest(rows=7, say=said.append).step == 5
+    assert checkpoints.latest(ROWS[:8], say=said.append).step == 5
     assert "step00000010.ckpt lacks its rows in metrics.csv (7)" in said[0]
+
+
+def test_one_whose_rows_were_others_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(state(7))
+    checkpoints.save(state(10))
+    said = []
+    assert checkpoints.latest([*ROWS[:8], *"xyz"], say=said.append).step == 7
+    assert "step00000010.ckpt was saved beside other rows than metrics.csv has now" in said[0]
+    checkpoints.save(replace(state(10), rows=""))  # as they were written before
+    assert checkpoints.latest([*ROWS[:8], *"xyz"]).step == 10
 
 
 def test_a_file_with_code_in_it_is_not_run(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lyco_lab.errors import UserError
-from lyco_lab.train.journal import COLUMNS, Journal, rows, rows_of
+from lyco_lab.train.journal import COLUMNS, Journal, digests, rows
 
 shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -48,10 +48,12 @@ def test_going_on_gives_the_same_file_wherever_it_was_cut(tmp_path, data):
     write(whole, 8)
     content = whole.read_bytes()
     cut.write_bytes(content[: data.draw(st.integers(0, len(content)))])
-    rows = rows_of(cut)
+    rows = len(digests(cut)) - 1
     step = data.draw(st.integers(0, rows))  # that of a checkpoint, at or before the last row
     write(cut, 8 - step, first=step)
     assert cut.read_bytes() == content
+    with Journal(cut, step) as journal:
+        assert journal.digest == digests(whole)[step]
 
 
 def test_rows_count_up_to_the_first_gap(tmp_path):
@@ -59,21 +61,26 @@ def test_rows_count_up_to_the_first_gap(tmp_path):
     write(path, 5)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:3] + lines[4:]))
-    assert rows_of(path) == 2
-    assert rows_of(tmp_path / "none.csv") == 0
+    assert len(digests(path)) == 1 + 2
+    assert len(digests(tmp_path / "none.csv")) == 1
 
 
-def test_no_changed_byte_is_more_than_a_row_that_ends_the_table(tmp_path):
+def test_a_changed_byte_ends_the_table_or_changes_each_digest_from_there_on(tmp_path):
     file, rng = tmp_path / "metrics.csv", random.Random(0)
     write(file, 40)
     whole = file.read_bytes()
+    before = digests(file)
     for _ in range(300):
         content = bytearray(whole)
-        content[rng.randrange(len(content))] = rng.randrange(256)
+        place = rng.randrange(len(content))
+        content[place] = rng.randrange(256)
         file.write_bytes(content)
-        count = rows_of(file)
-        found = rows(file, count)
-        assert [row["step"] for row in found] == list(range(1, count + 1))
+        found = digests(file)
+        assert [row["step"] for row in rows(file, len(found) - 1)] == list(range(1, len(found)))
+        row = whole[:place].count(b"\n")  # 0 is the head
+        changed = content != whole and row > 0
+        same = [a == b for a, b in zip(found, before, strict=False)]
+        assert same == [not changed or step < row for step in range(len(same))]
 
 
 def test_rows_that_a_checkpoint_counts_on_must_be_there(tmp_path):

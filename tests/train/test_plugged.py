@@ -13,7 +13,7 @@ from lyco_lab.gamma import classes, equivalent, rewrite
 from lyco_lab.longer import can
 from lyco_lab.record import Record
 from lyco_lab.train import plugs, train
-from lyco_lab.train.checkpoint import Checkpoints
+from lyco_lab.train.checkpoint import Checkpoints, read
 from tests.train.plugins import Counting
 from tests.train.test_stage import factors, rows
 
@@ -102,7 +102,7 @@ def test_a_callback_that_stops_a_run_leaves_it_done_with_fewer_steps(trained, ac
     assert record.facts("train")["steps"] == 5 and len(rows(record)) == 5
     for name, factor in factors(short).items():
         assert torch.equal(factor, factors(record)[name])
-    state = Checkpoints(record.path / "train" / "checkpoints").latest(5)
+    state = read(Checkpoints.of(record).files()[0])
     assert (state.step, state.ended) == (5, True)
     (record.path / "done" / "train.json").unlink()  # as if killed just before
     before = (record.path / "adapter.safetensors").read_bytes()

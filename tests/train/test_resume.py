@@ -19,7 +19,7 @@ from lyco_lab.data.stage import prepare
 from lyco_lab.errors import Interrupted, UserError
 from lyco_lab.record import Record
 from lyco_lab.train import train
-from lyco_lab.train.checkpoint import Checkpoints
+from lyco_lab.train.checkpoint import Checkpoints, read
 from tests.data import pictures
 from tests.train.stepping import at_step
 
@@ -79,7 +79,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(begin, trained, res
         kill_when(in_a_process(run, killed), killed, rows, rng.uniform(0, 0.03))
     assert os.waitpid(in_a_process(run, killed), 0)[1] == 0
     assert results(killed) == results(straight)
-    ours, theirs = (checkpoints(r).latest(rows=24) for r in (killed, straight))
+    ours, theirs = (read(checkpoints(r).files()[0]) for r in (killed, straight))
     for part, factors in theirs.factors.items():
         for name, factor in factors.items():
             assert torch.equal(ours.factors[part][name], factor)
@@ -210,22 +210,27 @@ def stop_at(begin, monkeypatch, where, step, **settings):
     return run, record
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "flipped"])
-def test_a_damaged_checkpoint_costs_steps_and_nothing_else(
+@pytest.mark.parametrize("damage", ["cut", "flipped", "row"])
+def test_a_damaged_checkpoint_or_row_costs_steps_and_nothing_else(
     begin, trained, results, monkeypatch, capsys, damage
 ):
     _, straight = trained("straight")
     run, record = stop_at(begin, monkeypatch, "damaged", 10)
     newest = checkpoints(record).files()[0]
     content = bytearray(newest.read_bytes())
-    middle = slice(len(content) // 2, len(content) // 2 + 200)  # more than the padding between
-    content[middle] = bytes(byte ^ 0xFF for byte in content[middle])  # two tensors
-    newest.write_bytes(
-        {"cut": content[: len(content) // 2], "empty": b"", "flipped": content}[damage]
-    )
+    if damage == "row":  # a number that looks right
+        newest = record.path / "train" / "metrics.csv"
+        content = bytearray(newest.read_bytes())
+        place = content.index(b".", content.index(b"\n9,")) + 1
+        content[place] ^= 1  # 0 and 1, 2 and 3, …
+    elif damage == "flipped":
+        middle = slice(len(content) // 2, len(content) // 2 + 200)  # more than the padding between
+        content[middle] = bytes(byte ^ 0xFF for byte in content[middle])  # two tensors
+    newest.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
     train(run, record)
     said = capsys.readouterr().out
-    assert "step00000010.ckpt is damaged: going on from the one before it" in said
+    why = "was saved beside other rows" if damage == "row" else "is damaged"
+    assert f"step00000010.ckpt {why}" in said and "going on from the one before it" in said
     assert results(record) == results(straight)
 
 
@@ -280,7 +285,7 @@ def test_going_on_uses_the_number_of_threads_it_began_with(begin, monkeypatch, c
 
 def test_seconds_add_up_over_sittings(begin, monkeypatch):
     run, record = stop_at(begin, monkeypatch, "runs", 6)
-    spent = checkpoints(record).latest(rows=6).seconds
+    spent = read(checkpoints(record).files()[0]).seconds
     assert spent > 0
     train(run, record)
     assert record.facts("train")["train_seconds"] > spent
