@@ -341,7 +341,9 @@ def until_killed(act, moment):
     return code == 0
 
 
-@pytest.mark.parametrize("then", [True, False], ids=["fold", "no fold"])
+@pytest.mark.parametrize(
+    "then", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fold", "no fold"]
+)
 @pytest.mark.parametrize("killed", ["sharing", "setting aside"])
 def test_after_a_kill_the_next_run_ends_as_if_there_had_been_none(
     study, ran, tmp_path, monkeypatch, killed, then

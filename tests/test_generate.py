@@ -177,7 +177,7 @@ def test_an_interrupted_stage_ends_with_the_images_it_would_have_made(
     assert record.facts("generate")["images"] == 4
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("interrupted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_batches_that_do_not_fit_are_drawn_in_pieces_also_after_an_interruption(
     generated, tmp_path, monkeypatch, interrupted
 ):

@@ -76,7 +76,7 @@ def leaves(root: Path, run: Run) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(settings, id=name, marks=[pytest.mark.slow] * (name == "everything"))
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] * (name != "plain"))
         for name, settings in SETTINGS.items()
     ],
 )
@@ -110,21 +110,27 @@ def test_a_run_of_before_is_gone_on_from(study, trained_only, tmp_path, capsys):
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"train.lr": 2e-3}, {"seed": 1}, {"train.ema_decay": 0.5}, {"train.schedule": "cosine"}],
-    ids=["rate", "seed", "average", "schedule"],
-)
-def test_another_configuration_begins_at_0(study, trained_only, tmp_path, settings):
+def test_another_configuration_begins_at_0(study, trained_only, tmp_path):
     root = tmp_path / "runs"
     local.run_study(study(5), root)
-    (after,) = study(8, settings=settings, name="other").runs
-    assert longer.starts([after], root) == {}
-    local.run_study(study(8, settings=settings, name="other"), root)
-    assert not (root / after.folder_name / "train" / longer.SAID).exists()
+    for name, value in {
+        "seed": 1, "train.ema_decay": 0.5, "train.schedule": "cosine", "train.lr": 2e-3,
+    }.items():  # fmt: skip
+        other = study(8, settings={name: value}, name="other")
+        assert longer.starts(other.runs, root) == {}, name
+    local.run_study(other, root)
+    assert not (root / other.runs[0].folder_name / "train" / longer.SAID).exists()
 
 
-@pytest.mark.parametrize("harm", ["images", "weights", "checkpoint", "no checkpoint"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "images",
+        pytest.param("weights", marks=pytest.mark.slow),
+        "checkpoint",
+        pytest.param("no checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_what_cannot_be_gone_on_from_is_left_alone(study, trained_only, tmp_path, harm):
     root = tmp_path / "runs"
     short = study(5)
@@ -144,6 +150,7 @@ def test_what_cannot_be_gone_on_from_is_left_alone(study, trained_only, tmp_path
     assert not (root / after.runs[0].folder_name / "train" / longer.SAID).exists()
 
 
+@pytest.mark.slow
 def test_runs_of_a_pair_begin_at_0(study, trained_only, tmp_path):
     root = tmp_path / "runs"
     asked = study(5, 8, 9, pairs=[["lora-steps8", "lora-steps9"]])

@@ -43,7 +43,7 @@ def losses(made):
     return [row["loss"] for row in rows(made[1])]
 
 
-@pytest.mark.parametrize("text_encoder", [False, True])
+@pytest.mark.parametrize("text_encoder", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_behind_the_window_is_seen_only_where_it_is_read(of_captions, capsys, text_encoder):
     def made(name, ending, tokens):
         return of_captions(name, ending, text_encoder=text_encoder, max_token_length=tokens)

@@ -93,7 +93,9 @@ def test_a_run_with_callbacks_that_was_stopped_goes_on_bit_for_bit(
     assert sorted(logged(record)) == list(range(1, 9))
 
 
-@pytest.mark.parametrize(("accumulate", "micro"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("accumulate", "micro"), [pytest.param(1, False, marks=pytest.mark.slow), (2, False), (2, True)]
+)
 def test_a_callback_that_stops_a_run_leaves_it_done_with_fewer_steps(trained, accumulate, micro):
     """In the middle of a step, too: the step is finished first."""
     stopping = ours("Counting", stop_at=5, micro=micro)

@@ -63,12 +63,13 @@ def kill_when(number, record, rows, more_s):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"ema_decay": 0.7, "text_encoder": True},
-        {"optimizer": {"kind": "sgd", "momentum": 0.9}, "lr": 0.1},
-        {"train_norm": True, "ema_decay": 0.7},
+        pytest.param(
+            {"optimizer": {"kind": "sgd", "momentum": 0.9}, "lr": 0.1}, marks=pytest.mark.slow
+        ),
+        pytest.param({"train_norm": True, "ema_decay": 0.7}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "average-and-text-encoder", "momentum", "norms"],
+    ids=["average-and-text-encoder", "momentum", "norms"],
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bits(begin, trained, results, settings):
     settings = {"steps": 24, "checkpoint_every": 5, **settings}

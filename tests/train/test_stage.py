@@ -149,7 +149,7 @@ def test_samples_are_drawn_and_disturb_nothing(trained, results):
     assert not (plain.path / "train" / "samples").exists()
 
 
-@pytest.mark.parametrize("fit", [1, 0])
+@pytest.mark.parametrize("fit", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_samples_that_do_not_fit_into_memory_disturb_nothing(trained, monkeypatch, capsys, fit):
     """Drawn one by one, or else left out, which is said once."""
     settings = {"steps": 6, "ema_decay": 0.8, "batch_size": 1}

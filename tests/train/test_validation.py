@@ -104,6 +104,7 @@ def test_looking_disturbs_nothing(trained, tiny_concept):
         assert torch.equal(factors(often)[name], factor), name
 
 
+@pytest.mark.slow
 def test_how_often_held_out_images_are_looked_at_changes_no_bit(trained, results):
     settings = {"steps": 6, "validation_share": 0.3, "optimizer": {"kind": "schedulefree"}}
     one = trained("one", validate_every=1, **settings)[1]
