@@ -289,8 +289,11 @@ def test_another_run_finds_the_base_models_images_made(generated, tiny_sd, tiny_
     record = trained(other, whole.path.parent, seed=1)
     assert base_folder(other, record) == base_folder(first, whole)
     before = pictures(base_folder(first, whole))
+    left = base_folder(first, whole) / ".part-killed"  # while an image was written
+    left.mkdir()
+    (left / "x.png").write_bytes(b"half")
     generate(other, record)
-    assert pictures(base_folder(other, record)) == before
+    assert pictures(base_folder(other, record)) == before and not left.exists()
     assert pictures(record.path / "generate") != pictures(whole.path / "generate")
 
 

@@ -17,7 +17,6 @@ import argparse
 import hashlib
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,8 @@ import _unet
 import numpy as np
 import torch
 from _measure import answer, give_back, isolated, limit_memory, machine
+
+from lyco_lab.workers import cores
 
 LIMIT_GB = 16
 MINUTES = 30  # for one of them
@@ -193,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--only", default="", help="which to measure: a regular expression")
     parser.add_argument("--side", type=int, default=512, help="of the picture, in pixels")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--quick", action="store_true", help="a small model, a picture of 64 x 64")
     given = parser.parse_args()
     print(machine().replace("One thread", f"{given.threads} threads"))
