@@ -486,4 +486,5 @@ def _show_failed(missing: "list[Missing]") -> bool:
 def main() -> None:
     """The entry point of `lyco-lab`."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    interrupts.end_between()
     app(prog_name="lyco-lab")

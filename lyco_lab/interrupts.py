@@ -10,12 +10,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from lyco_lab.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 UNWINDING_S = 1.0  # after a second signal
+AGAIN_S = 0.05  # after which a signal is sent again whose error Python has thrown away
 Answer = Callable[[int], None]
 
 
@@ -58,6 +61,23 @@ def end_now() -> None:
 
 def ignore(number: int) -> None:
     """A process that was told once and will end needs no second signal."""
+
+
+def end_between() -> None:
+    """For a process of its own: before and after `answering`, a signal ends it with its exit code.
+
+    After a first signal the interpreter takes a while to end, and Python would answer a second
+    Ctrl-C by a death that is no exit code.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end_between)
+
+
+def _end_between(number: int, _frame: FrameType | None) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code(_told or number))
 
 
 _told = 0  # the signal that arrived first, within the outermost `answering`
@@ -103,14 +123,35 @@ def answering(first: Answer, again: Answer | None = None) -> Iterator[None]:
     outermost = not any(getattr(b, "__module__", None) == __name__ for b in before.values())
     for number in before:
         signal.signal(number, handle)
+    others = sys.unraisablehook
+    sys.unraisablehook = partial(_send_again, others)
     try:
         yield
     finally:
+        sys.unraisablehook = others
         for number, handler in before.items():
             signal.signal(number, handler)
         _again = outer
         if outermost:
             _told = 0
+
+
+def _send_again(others: Callable[[Any], object], unraisable: Any) -> None:
+    """Send a signal again whose error was raised in a finalizer: Python throws such errors away.
+
+    `others` has the errors that are none of a signal.
+    """
+    global _told
+    error = unraisable.exc_value
+    if not isinstance(error, Stopped | Interrupted):
+        others(unraisable)
+        return
+    if isinstance(error, Stopped):
+        _told = 0  # its answer is still the first
+    main = threading.main_thread().ident
+    later = threading.Timer(AGAIN_S, signal.pthread_kill, (main, error.number))
+    later.daemon = True
+    later.start()
 
 
 @contextmanager
