@@ -27,7 +27,6 @@ SETTINGS = {
         "options.dropout": 0.1,
         "generate.steps": 2,
     },
-    "momentum": {"optimizer": {"kind": "sgd", "momentum": 0.9}, "train.lr": 0.1},
     "averages-itself": {"optimizer": {"kind": "schedulefree"}},
 }  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_gradients_are_those_of_the_definition(cls, data):
 
 @every_adapter
 @pytest.mark.slow
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_the_law_holds_in_thousands_of_cases(cls, data, tmp_path_factory):
     case = data.draw(cases(cls))
