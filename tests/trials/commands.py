@@ -33,7 +33,7 @@ def trial(work: Path, seed: int, number: int) -> Row:
         verdict = judged(ending) if not out.exists() else "written"
     finally:
         shutil.rmtree(out, ignore_errors=True)
-    target = shlex.join(words).replace(str(plain), plain.name)
+    target = shlex.join(words).replace(f"{plain.parent}/", "")
     return row("commands", number, target, action, verdict, ending)
 
 
