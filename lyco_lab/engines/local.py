@@ -109,7 +109,7 @@ def select(study: Study, only: Sequence[str] = ()) -> list[Run]:
 
 def run_study(
     study: Study,
-    root: Path,
+    root: Path | str,
     announce: Announce = print,
     workers: int = 1,
     *,
@@ -125,6 +125,7 @@ def run_study(
     match no pattern, and all after the first `limit` that have something left to do. A run that
     failed, now or before, is listed in the outcome, and tried again with `retry_failed`.
     """
+    root = Path(root)
     chosen = select(study, only)
     records = {run.name: Record(root / run.folder_name) for run in study.runs}
     records |= {run.name: Record.open(root, run) for run in chosen}
