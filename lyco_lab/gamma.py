@@ -46,9 +46,11 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lyco_lab import adapters, optimizers
-from lyco_lab.adapters.base import Adapter, Terms
-from lyco_lab.adapters.layers import BIAS, original
+from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.layer_adapter import BIAS
+from lyco_lab.adapters.merging import original
 from lyco_lab.adapters.options import SCALAR, Options
+from lyco_lab.adapters.shapes import Terms
 from lyco_lab.adapters.targeting import resolve
 from lyco_lab.config import Model, Run, Train
 from lyco_lab.config.groups import PLAIN, Group, group_of

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lyco_lab.config import Model, Run, Study
 from lyco_lab.data.stage import place
-from lyco_lab.diffusion.single_file import CONFIGS
-from lyco_lab.diffusion.source import find
+from lyco_lab.diffusion.sources import find
+from lyco_lab.diffusion.sources.single_file import CONFIGS
 from lyco_lab.errors import UserError
 from lyco_lab.miniature import placed
 

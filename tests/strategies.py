@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS
-from lyco_lab.adapters.base import Adapter, Additive, Factors
+from lyco_lab.adapters.base import Adapter, Additive
+from lyco_lab.adapters.shapes import Factors
 from lyco_lab.errors import UserError
 
 # The machine's other work decides how long an example takes, and a test that passed passes again.

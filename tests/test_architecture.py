@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,9 @@ ORDER = (
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {
     "adapters": {
-        "attention", "base", "geometry", "layers", "lowrank", "mount", "options", "plan", "forward",
-        "rescale", "rotation", "targeting",
+        "adapted_layer", "attention", "base", "forward", "geometry", "kernel", "layer_adapter",
+        "layers", "lowrank", "merging", "mount", "options", "plan", "rescale", "rotation", "shapes",
+        "targeting",
     },
     "evaluate": {"base", "stage"},
     "optimizers": {"base"},
@@ -73,6 +75,49 @@ def test_imports_point_one_way(path):
         part = ORDER[-1]
     assert part in ORDER, f"{part} has no place in the order of imports yet"
     assert violations(path, part) == []
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import one another, by whatever way round."""
+    sorter = TopologicalSorter(graph)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        return [error.args[1]]
+    return []
+
+
+def modules(folder: Path) -> dict[str, set[str]]:
+    """The modules below a package, and which of each other they import, wherever in a file."""
+    paths = {}
+    for path in sources(folder):
+        name = ".".join(path.relative_to(folder.parent).with_suffix("").parts)
+        paths[name.removesuffix(".__init__")] = path
+    paths.pop(folder.name)  # names of all parts, each imported when it is used
+    found = {}
+    for name, path in paths.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        others = {other for other in imported(path, package) if other in paths}
+        found[name] = {other for other in others if not f"{name}.".startswith(f"{other}.")}
+    return found
+
+
+def test_no_modules_import_one_another():
+    assert circles(modules(LIBRARY)) == []
+
+
+def test_a_circle_is_seen(tmp_path):
+    package = tmp_path / "ours"
+    package.mkdir()
+    for name, text in {
+        "__init__": "",
+        "a": "from ours import b",
+        "b": "def f():\n    from ours.c import g",
+        "c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ours.a import x",
+    }.items():
+        (package / f"{name}.py").write_text(text)
+    ((first, *others),) = circles(modules(package))
+    assert first == others[-1] and {first, *others} == {"ours.a", "ours.b", "ours.c"}
 
 
 def test_the_check_sees_what_it_should(tmp_path, monkeypatch):

@@ -10,21 +10,19 @@ value goes through the whole of W_in, of which its part is taken.
 """
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lyco_lab.adapters import forward
+from lyco_lab.adapters.adapted_layer import Adapted
 from lyco_lab.errors import UserError
-
-if TYPE_CHECKING:
-    from lyco_lab.adapters.layers import Adapted
 
 
 def apply(
-    layer: "Adapted",
+    layer: Adapted,
     query: Tensor,
     key: Tensor,
     value: Tensor,

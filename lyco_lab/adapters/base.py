@@ -26,20 +26,15 @@ import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, NoReturn, final
+from typing import Annotated, ClassVar, NoReturn, final
 
 import torch
 from torch import Generator, Tensor
 
+from lyco_lab.adapters.kernel import Kernel
+from lyco_lab.adapters.shapes import Factors, Shape, Terms
 from lyco_lab.errors import UserError
 from lyco_lab.settings import POSITIVE, SIZE
-
-if TYPE_CHECKING:
-    from lyco_lab.adapters.plan import Kernel
-
-Factors = dict[str, Tensor]
-Shape = tuple[int, ...]
-Terms = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -162,7 +157,7 @@ class Adapter(abc.ABC):
         """
         return layer.formed(x, lambda given: self.delta(layer.weight(), given), factors)
 
-    def kernel(self, shape: Shape) -> "Kernel | None":
+    def kernel(self, shape: Shape) -> Kernel | None:
         """Faster exact products than forming W' by `adapted`; None where none are known."""
         return None
 

@@ -30,8 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lyco_lab.adapters.base import Factors, Shape
-from lyco_lab.adapters.plan import (
+from lyco_lab.adapters.kernel import (
     FORM_DENSE,
     FORM_TOKENS,
     SIDE_TOKENS,
@@ -41,6 +40,7 @@ from lyco_lab.adapters.plan import (
     Sizes,
 )
 from lyco_lab.adapters.rotation import Rotation, skew, skew_grad, with_identity
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import (
     butterfly_block,

@@ -28,8 +28,9 @@ import torch
 from torch import Generator, Tensor
 
 from lyco_lab.adapters import plan
-from lyco_lab.adapters.base import Adapter, Additive, Factors, Layer, Shape, Terms
+from lyco_lab.adapters.base import Adapter, Additive, Layer
 from lyco_lab.adapters.rescale import Normalised, Times, along, norms, ratio, sums
+from lyco_lab.adapters.shapes import Factors, Shape, Terms
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.linalg import unrolled
 

@@ -23,8 +23,9 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
+from lyco_lab.adapters.base import Layer, Ranked
 from lyco_lab.adapters.lowrank import PlainPair
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.linalg import kaiming, unrolled
 from lyco_lab.settings import POSITIVE, SIZE
 

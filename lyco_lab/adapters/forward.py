@@ -11,21 +11,21 @@ with every change added to the output, and computed at that size.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lyco_lab.adapters import geometry, plan
-from lyco_lab.adapters.base import Factors, Layer
+from lyco_lab.adapters.adapted_layer import Adapted
+from lyco_lab.adapters.base import Layer
 from lyco_lab.adapters.geometry import Geometry
+from lyco_lab.adapters.layer_adapter import Mount
 from lyco_lab.adapters.plan import HALF, computing_dtype, exact, factor_dtype, formed_grads
-
-if TYPE_CHECKING:
-    from lyco_lab.adapters.layers import Adapted, Mount
+from lyco_lab.adapters.shapes import Factors
 
 
-def apply(layer: "Adapted", x: Tensor) -> Tensor:
+def apply(layer: Adapted, x: Tensor) -> Tensor:
     """The layer's output with its adapters."""
     mounts = layer.active()
     if not mounts:
@@ -42,7 +42,7 @@ def apply(layer: "Adapted", x: Tensor) -> Tensor:
         return op.leave(y, x)
 
 
-def added(layer: "Adapted", mounts: Sequence["Mount"], x: Tensor, dtype: torch.dtype) -> Tensor:
+def added(layer: Adapted, mounts: Sequence[Mount], x: Tensor, dtype: torch.dtype) -> Tensor:
     """W x + b + every adapter's change, each added to the output.
 
     In half precision a change of less than half a step would be lost in a sum with W x, which was
@@ -134,7 +134,7 @@ def dithered(x: Tensor, dtype: torch.dtype) -> Tensor:
 class Frozen(Layer):
     """A layer as `Adapter.change` sees it, computing in one dtype."""
 
-    def __init__(self, layer: "Adapted", dtype: torch.dtype) -> None:
+    def __init__(self, layer: Adapted, dtype: torch.dtype) -> None:
         self.layer = layer
         self.dtype = dtype
         self.op: Any = geometry.of(layer)

@@ -26,18 +26,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, OfRank, Shape, Terms
+from lyco_lab.adapters.base import Layer, OfRank
+from lyco_lab.adapters.kernel import FORM_DENSE, SIDE_TOKENS, Kernel, Plan, Saved, Sizes
 from lyco_lab.adapters.lowrank import PlainPair, low_rank_costs
-from lyco_lab.adapters.plan import (
-    FORM_DENSE,
-    PASS,
-    SIDE_TOKENS,
-    Kernel,
-    Plan,
-    Saved,
-    Sizes,
-    skinny,
-)
+from lyco_lab.adapters.plan import PASS, skinny
+from lyco_lab.adapters.shapes import Factors, Shape, Terms
 from lyco_lab.linalg import kaiming, unrolled
 from lyco_lab.settings import POSITIVE, SIZE
 

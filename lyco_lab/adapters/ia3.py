@@ -18,8 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, OfAlpha, Shape
-from lyco_lab.adapters.plan import FORM_TOKENS, SIDE_TOKENS, Kernel, Plan, Saved, Sizes
+from lyco_lab.adapters.base import Layer, OfAlpha
+from lyco_lab.adapters.kernel import FORM_TOKENS, SIDE_TOKENS, Kernel, Plan, Saved, Sizes
 from lyco_lab.adapters.rescale import (
     TOUCH,
     Times,
@@ -28,6 +28,7 @@ from lyco_lab.adapters.rescale import (
     row_grads,
     scaled_rows,
 )
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.linalg import unrolled
 
 

@@ -32,8 +32,9 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
+from lyco_lab.adapters.base import Layer, Ranked
 from lyco_lab.adapters.lowrank import LowRank
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.linalg import through_core, through_core_grads, unrolled
 from lyco_lab.settings import POSITIVE, SIZE
 

@@ -39,18 +39,11 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, OfRank, Ranked, Shape
+from lyco_lab.adapters.base import Layer, OfRank, Ranked
 from lyco_lab.adapters.geometry import Linear
-from lyco_lab.adapters.plan import (
-    FORM_DENSE,
-    FORM_TOKENS,
-    PASS,
-    SIDE_TOKENS,
-    Plan,
-    Sizes,
-    TokenKernel,
-    skinny,
-)
+from lyco_lab.adapters.kernel import FORM_DENSE, FORM_TOKENS, SIDE_TOKENS, Plan, Sizes
+from lyco_lab.adapters.plan import PASS, TokenKernel, skinny
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import kaiming, kron, split, through_core, through_core_grads
 from lyco_lab.settings import POSITIVE, SIZE, Within

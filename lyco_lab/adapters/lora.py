@@ -26,8 +26,9 @@ from typing import Annotated, ClassVar
 
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape
+from lyco_lab.adapters.base import Layer, Ranked
 from lyco_lab.adapters.lowrank import LowRank
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.linalg import kaiming, through_core, through_core_grads, unrolled
 from lyco_lab.settings import POSITIVE, SIZE
 

@@ -14,17 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lyco_lab.adapters.base import Factors, Shape
-from lyco_lab.adapters.plan import (
-    FORM_DENSE,
-    FORM_TOKENS,
-    PASS,
-    SIDE_TOKENS,
-    Plan,
-    Sizes,
-    TokenKernel,
-    skinny,
-)
+from lyco_lab.adapters.kernel import FORM_DENSE, FORM_TOKENS, SIDE_TOKENS, Plan, Sizes
+from lyco_lab.adapters.plan import PASS, TokenKernel, skinny
+from lyco_lab.adapters.shapes import Factors, Shape
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from lyco_lab import waits
-from lyco_lab.adapters import geometry, layers, plan
-from lyco_lab.adapters.base import Adapter, Factors, Shape
-from lyco_lab.adapters.layers import BIAS, Adapted, FactorDict, Mount
+from lyco_lab.adapters import adapted_layer, geometry, layer_adapter, layers, merging, plan
+from lyco_lab.adapters.adapted_layer import Adapted
+from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.kernel import Sizes
+from lyco_lab.adapters.layer_adapter import BIAS, FactorDict, Mount
 from lyco_lab.adapters.options import SCALAR, Options, Override
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.adapters.targeting import Target, resolve
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.linalg import kaiming
@@ -120,11 +123,11 @@ def _mount(
     dtype: torch.dtype,
 ) -> Mount:
     layer, adapter = target.layer, target.adapter
-    reference = layers._reference_tensor(layer)
+    reference = adapted_layer.reference_tensor(layer)
     computing = plan.factor_dtype(reference.dtype)
     rng = generator(seed, "adapter", target.name)
-    original = layers.original(layer)
-    if layers.is_opaque(layer):
+    original = merging.original(layer)
+    if adapted_layer.is_opaque(layer):
         weight = torch.empty(target.shape, device="meta", dtype=computing)
         start = _on_cpu(adapter, weight, rng)
     else:
@@ -267,35 +270,35 @@ class Mounted:
 
     def rule_factors(self, name: str) -> Factors:
         """The factors as the adapter's rule sees them: `use_scalar`'s scalar is in them."""
-        return layers._evaluated(self._mount(name), strength=1.0)
+        return merging.evaluated(self._mount(name), strength=1.0)
 
     def base_weight(self, name: str) -> nn.Parameter:
         """The frozen weight of a layer, merged or not."""
         self._mount(name)
         layer = self.layers[name]
-        if layers.is_opaque(layer):
+        if adapted_layer.is_opaque(layer):
             kind = type(layer).__name__.removeprefix("Adapted")
             raise UserError(f"the weight of the layer {name!r}, a {kind}, cannot be read")
-        return layers.original(layer).weight
+        return merging.original(layer).weight
 
     def _weight(self, name: str) -> Tensor:
         """What `delta` takes for W: only its shape, where W is not at hand and need not be read."""
         mount, layer = self._mount(name), self.layers[name]
-        apart = layers.is_opaque(layer) or layers.is_shared_out(layer)
+        apart = adapted_layer.is_opaque(layer) or adapted_layer.is_shared_out(layer)
         if apart and not mount.adapter.uses_base:
             return torch.empty((), dtype=mount.dtype, device=layer.device).expand(
-                layers.shape_of(layer)
+                adapted_layer.shape_of(layer)
             )
-        return layers.gathered(self.base_weight(name))
+        return adapted_layer.gathered(self.base_weight(name))
 
     def base_bias(self, name: str) -> nn.Parameter | None:
         """The frozen bias of a layer, merged or not."""
         self._mount(name)
-        return layers.original(self.layers[name]).bias
+        return merging.original(self.layers[name]).bias
 
     def delta(self, name: str) -> Tensor:
         """W' - W of a layer as applied, strength included, with no rounding from a sum with W."""
-        return layers.weight_delta(self._mount(name), self._weight(name))
+        return merging.weight_delta(self._mount(name), self._weight(name))
 
     @torch.no_grad()
     def norms(self) -> dict[str, float]:
@@ -319,10 +322,10 @@ class Mounted:
             def norm(
                 share: Tensor | float, mount: Mount = mount, weight: Tensor = weight
             ) -> Tensor:
-                return torch.linalg.vector_norm(layers.weight_delta(mount, weight, strength=share))
+                return torch.linalg.vector_norm(merging.weight_delta(mount, weight, strength=share))
 
             whole = norm(1.0)
-            if layers._linear(mount.adapter):
+            if layer_adapter.is_linear(mount.adapter):
                 share = torch.where(whole > largest, largest / whole, 1.0)
             else:
                 low, high = torch.zeros_like(whole), torch.ones_like(whole)
@@ -340,12 +343,12 @@ class Mounted:
         """Every layer with its adapter, shape, parameters and, at so many tokens, its plan."""
         rows = []
         for name, mount in self._mounts.items():
-            layer, shape = self.layers[name], layers.shape_of(self.layers[name])
+            layer, shape = self.layers[name], adapted_layer.shape_of(self.layers[name])
             op = geometry.of(layer)
             kernel = plan.kernel_of(mount.adapter, op, shape)
             chosen = ""
             if tokens is not None and mount.adapter.takes == "matrix":
-                sizes = plan.Sizes(tokens, shape[0], math.prod(shape[1:]))
+                sizes = Sizes(tokens, shape[0], math.prod(shape[1:]))
                 chosen = str(plan.choose(kernel.costs(sizes)))
             rows.append(
                 Row(
@@ -476,11 +479,11 @@ class Mounted:
                         "which changes the frozen weight: merge or detach that first"
                     )
         if keep_base:
-            self._each("merge", layers.merge)
+            self._each("merge", merging.merge)
         else:  # nothing could be undone, so all is tried first
-            self._each("merge", layers.check_merge)
+            self._each("merge", merging.check_merge)
             for name, layer in self.layers.items():
-                layers.merge_in_place(layer, self._mounts[name])
+                merging.merge_in_place(layer, self._mounts[name])
         for name, layer in self.layers.items():
             layers.take_off(layer, self._mounts[name])
             layers.settle(self.model, name)
@@ -494,7 +497,7 @@ class Mounted:
         layer whose sum without this one is no finite number in the model's precision.
         """
         self._need("merged", "unmerge")
-        self._each("unmerge", layers.unmerge)
+        self._each("unmerge", merging.unmerge)
         self._put_on()
         self._state = "mounted"
 
@@ -512,11 +515,11 @@ class Mounted:
 
     def _each(self, act: str, do: Callable[[nn.Module, Mount], None]) -> None:
         """Do something to all layers, or to none of them where it overflows."""
-        restorers = [layers.restorer(layer) for layer in self.layers.values()]
+        restorers = [merging.restorer(layer) for layer in self.layers.values()]
         for name, layer in self.layers.items():
             try:
                 do(layer, self._mounts[name])
-            except layers.Overflow as error:
+            except merging.Overflow as error:
                 for restore in restorers:
                     restore()
                 raise UserError(

@@ -18,8 +18,10 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Additive, Factors, OfAlpha, Shape
-from lyco_lab.adapters.plan import FORM_DENSE, AdditiveKernel, Plan, Sizes
+from lyco_lab.adapters.base import Additive, OfAlpha
+from lyco_lab.adapters.kernel import FORM_DENSE, Plan, Sizes
+from lyco_lab.adapters.plan import AdditiveKernel
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.linalg import unrolled
 
 

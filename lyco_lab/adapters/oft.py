@@ -21,9 +21,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lyco_lab.adapters.base import Factors, Shape
-from lyco_lab.adapters.plan import FORM_TOKENS, PASS, SIDE_TOKENS, Kernel, Plan, Saved, Sizes
+from lyco_lab.adapters.kernel import FORM_TOKENS, SIDE_TOKENS, Kernel, Plan, Saved, Sizes
+from lyco_lab.adapters.plan import PASS
 from lyco_lab.adapters.rotation import Rotation, blockwise, skew, skew_grad, with_identity
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import cayley_grad, cayley_inverse, cayley_offset, split
 

@@ -14,7 +14,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-from lyco_lab.adapters.base import Adapter, Additive, Shape, Terms
+from lyco_lab.adapters.base import Adapter, Additive
+from lyco_lab.adapters.shapes import Shape, Terms
 from lyco_lab.errors import UserError
 from lyco_lab.settings import POSITIVE, SHARE
 

@@ -21,17 +21,22 @@ import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lyco_lab.adapters import geometry
-from lyco_lab.adapters.base import Adapter, Factors, Shape
+from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.geometry import Geometry
-
-if TYPE_CHECKING:
-    pass
+from lyco_lab.adapters.kernel import (
+    FORM_DENSE,
+    Kernel,
+    Plan,
+    Saved,
+    Sizes,
+)
+from lyco_lab.adapters.shapes import Factors, Shape
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -42,80 +47,6 @@ PASS = 40.0
 def skinny(rank: int) -> float:
     """How much more a multiply-add costs in a product of `rank` rows. 3 at 1, 1 from 64."""
     return max(1.0, 3.0 - rank / 32)
-
-
-@dataclass(frozen=True)
-class Plan:
-    apply: Literal["side", "form"]
-    grads: Literal["tokens", "dense"]
-
-    def __str__(self) -> str:
-        return f"{self.apply}/{self.grads}"
-
-
-SIDE_TOKENS = Plan("side", "tokens")
-FORM_TOKENS = Plan("form", "tokens")
-FORM_DENSE = Plan("form", "dense")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of one call: T output positions, a weight of P x Q, its kernel's taps counted in Q."""
-
-    T: int
-    P: int
-    Q: int
-
-    @property
-    def N(self) -> int:
-        return self.P * self.Q
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What the backward pass has."""
-
-    x: Tensor | None  # None where the kernel keeps its output instead
-    x_shape: Shape
-    weight: Tensor
-    bias: Tensor | None
-    factors: Factors
-    kept: tuple[Tensor, ...]
-
-    def input(self) -> Tensor:
-        assert self.x is not None
-        return self.x
-
-
-class Kernel(abc.ABC):
-    """Exact products of one adapter on weights of one shape.
-
-    Made of tensors' operations that need not be differentiable, on float32 or float64.
-    """
-
-    keeps_input: bool = True  # False: `forward` keeps its output, from which all can be had
-    needs_multiplies: bool = True  # works on linear layers and ungrouped convolutions only
-    traceable: bool = True  # torch.compile can see through it
-
-    def keeps(self, plan: Plan) -> bool:
-        """Whether the input is kept for the backward pass of this plan."""
-        return self.keeps_input
-
-    @abc.abstractmethod
-    def costs(self, sizes: Sizes) -> dict[Plan, float]:
-        """The plans it has, and what each adds to the frozen layer's two products."""
-
-    @abc.abstractmethod
-    def forward(
-        self, op: Any, plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output, and small tensors that the backward pass will want again."""
-
-    @abc.abstractmethod
-    def backward(
-        self, op: Any, plan: Plan, gy: Tensor, saved: Saved, need_gx: bool
-    ) -> tuple[Tensor | None, Factors]:
-        """Gradients of the input, if needed, and of the factors."""
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lyco_lab.adapters.base import Factors, Shape
-from lyco_lab.adapters.lowrank import LowRank
-from lyco_lab.adapters.plan import (
+from lyco_lab.adapters.kernel import (
     FORM_DENSE,
     FORM_TOKENS,
-    PASS,
     SIDE_TOKENS,
-    AdditiveKernel,
     Kernel,
     Plan,
     Saved,
     Sizes,
-    TokenKernel,
-    skinny,
 )
+from lyco_lab.adapters.lowrank import LowRank
+from lyco_lab.adapters.plan import PASS, AdditiveKernel, TokenKernel, skinny
+from lyco_lab.adapters.shapes import Factors, Shape
 
 # In multiply-adds of a large product: reading an entry of a weight, or writing it in its place.
 TOUCH = 10.0

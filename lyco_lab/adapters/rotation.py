@@ -24,8 +24,9 @@ from typing import Annotated, Any, ClassVar, NoReturn
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Adapter, Factors, Layer, Shape, Terms
+from lyco_lab.adapters.base import Adapter, Layer
 from lyco_lab.adapters.plan import recomputed
+from lyco_lab.adapters.shapes import Factors, Shape, Terms
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import unrolled
 from lyco_lab.settings import NOT_NEGATIVE, Within

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lyco_lab import waits
-from lyco_lab.adapters import layers, plan
-from lyco_lab.adapters.base import Adapter, Shape
-from lyco_lab.adapters.layers import MATRICES, NORMS
+from lyco_lab.adapters import adapted_layer, merging, plan
+from lyco_lab.adapters.adapted_layer import MATRICES, NORMS
+from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.options import Options, Override
+from lyco_lab.adapters.shapes import Shape
 from lyco_lab.errors import UserError, nearest
 
 SUPPORTED = (*MATRICES, nn.MultiheadAttention, *NORMS)
@@ -32,11 +33,11 @@ class Target:
 
     @property
     def shape(self) -> Shape:
-        return layers.shape_of(self.layer)
+        return adapted_layer.shape_of(self.layer)
 
     @property
     def num_params(self) -> int:
-        bias = layers.original(self.layer).bias
+        bias = merging.original(self.layer).bias
         offset = bias.numel() if self.adapter.trains_bias() and bias is not None else 0
         return self.adapter.num_params(self.shape) + offset
 
@@ -114,7 +115,7 @@ def _names(
 def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options) -> None:
     kind = layer.__class__.__name__.removeprefix("Adapted")
     where = f"cannot put {type(adapter).__name__} on the layer {name!r}"
-    norm, opaque = isinstance(layer, NORMS), layers.is_opaque(layer)
+    norm, opaque = isinstance(layer, NORMS), adapted_layer.is_opaque(layer)
     sized = all(isinstance(getattr(layer, k, None), int) for k in ("in_features", "out_features"))
     if not isinstance(layer, SUPPORTED) and not sized:
         needed = ", ".join(one.__name__ for one in SUPPORTED)
@@ -135,9 +136,9 @@ def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options
             raise UserError(
                 f"the layer {name!r} already carries {adapter}: detach it first, or train that"
             )
-    if layers.original(layer).merged and adapter.uses_base:
+    if merging.original(layer).merged and adapter.uses_base:
         raise UserError(f"{where}: an adapter is merged into it; unmerge() that first")
-    weight = None if opaque else layer._parameters.get(layers.weight_name(layer))
+    weight = None if opaque else layer._parameters.get(adapted_layer.weight_name(layer))
     if isinstance(layer, nn.MultiheadAttention):
         _check_attention(where, layer)
     if weight is None and not opaque:
@@ -146,7 +147,7 @@ def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options
         raise UserError(f"{where}: the bias of a {kind} cannot be moved; leave it out")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise UserError(f"{where}: its max_norm changes the weight in use; leave it out")
-    shape = layers.shape_of(layer)
+    shape = adapted_layer.shape_of(layer)
     try:
         adapter.check(shape)
         options.check(adapter, shape, kind)
@@ -157,7 +158,7 @@ def _check_layer(name: str, layer: nn.Module, adapter: Adapter, options: Options
 
 
 def _check_attention(where: str, layer: nn.MultiheadAttention) -> None:
-    ours = isinstance(layer, layers.Adapted)
+    ours = isinstance(layer, adapted_layer.Adapted)
     if not ours and type(layer).forward is not nn.MultiheadAttention.forward:
         raise UserError(f"{where}: a {type(layer).__name__} has a forward of its own; leave it out")
     if layer.in_proj_weight is None:

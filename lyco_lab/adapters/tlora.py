@@ -30,8 +30,9 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Factors, Layer, Ranked, Shape, Terms
+from lyco_lab.adapters.base import Layer, Ranked
 from lyco_lab.adapters.lowrank import LowRank
+from lyco_lab.adapters.shapes import Factors, Shape, Terms
 from lyco_lab.errors import UserError
 from lyco_lab.linalg import unrolled
 from lyco_lab.settings import POSITIVE, SIZE, Within

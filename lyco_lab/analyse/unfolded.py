@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lyco_lab.adapters.layers import BIAS
+from lyco_lab.adapters.layer_adapter import BIAS
 from lyco_lab.adapters.mount import Mounted
 from lyco_lab.analyse import gamma_pair
 from lyco_lab.analyse.gamma_pair import Verdict

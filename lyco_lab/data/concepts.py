@@ -14,17 +14,13 @@ are no concepts: whoever keeps a million images in a hundred folders has not tau
 concepts.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lyco_lab.data.index import Index
-
-NUMBERED = re.compile(r"(\d+)_(.+)")
+from lyco_lab.data.class_folders import NUMBERED, unnumbered
+from lyco_lab.data.index import Index
 
 
 @dataclass(frozen=True)
@@ -47,25 +43,8 @@ class Concept:
         return ", ".join(part for part in (words, self.subclass_word) if part and words)
 
 
-def place(path: str) -> tuple[str, str]:
-    """Class and sub-class of the images in a folder, by the names on the way to it.
-
-    The class ends with the first folder that has a number, or else is the outermost one.
-    """
-    parts = PurePosixPath(path).parts
-    numbered = [i for i, part in enumerate(parts) if NUMBERED.fullmatch(part)]
-    end = numbered[0] + 1 if numbered else 1
-    names = [unnumbered(part) for part in parts]
-    return "/".join(names[:end]), "/".join(names[end:])
-
-
-def unnumbered(name: str) -> str:
-    match = NUMBERED.fullmatch(name)
-    return match[2].strip() if match else name
-
-
 def find(
-    index: "Index", rows: Sequence[int], captions: Sequence[str], title: str
+    index: Index, rows: Sequence[int], captions: Sequence[str], title: str
 ) -> tuple[Concept, ...]:
     """The concepts of an index, whose images that count are `rows`; `title` is the dataset's."""
     columns = {name: index.texts[name].to_pylist() for name in _COLUMNS}
@@ -154,7 +133,7 @@ def _common(values: Iterable[str]) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def _titles(index: "Index", sources: Sequence[int]) -> dict[int, str]:
+def _titles(index: Index, sources: Sequence[int]) -> dict[int, str]:
     """A name for each source: its folder's, or the whole path where several folders share it."""
     folders = {number: index.sources[number].folder for number in sources}
     short = {number: unnumbered(folder.resolve().name) for number, folder in folders.items()}

@@ -30,8 +30,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from lyco_lab.data import captions, concepts, headers, listing, names
-from lyco_lab.data.concepts import NUMBERED
+from lyco_lab.data import captions, class_folders, headers, listing, names
+from lyco_lab.data.class_folders import NUMBERED
 from lyco_lab.data.headers import FORMATS, OTHER_FORMATS, Unusable
 from lyco_lab.data.listing import LISTS, MANIFEST, UNREAD, Listed
 from lyco_lab.data.memo import Known, Memo
@@ -568,12 +568,12 @@ class _Place:
 
 def _concept(folder: Folder) -> str:
     """What the images in a folder are of, by its name."""
-    return concepts.unnumbered(PurePosixPath(folder.path).name)
+    return class_folders.unnumbered(PurePosixPath(folder.path).name)
 
 
 def _class_of(folder: Folder, listed: Mapping[str, str]) -> tuple[str, str]:
     """Class and sub-class of an image: a list's word for it, else its folder's."""
-    above, leaf = concepts.place(folder.path)
+    above, leaf = class_folders.place(folder.path)
     if concept := listed.get("concept"):
         return concept, listed.get("subclass", "")
     if subclass := listed.get("subclass"):

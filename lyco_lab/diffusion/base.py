@@ -29,7 +29,7 @@ from lyco_lab import waits
 from lyco_lab.diffusion import long_text
 from lyco_lab.diffusion.memory import AtOnce
 from lyco_lab.diffusion.objective import Objective
-from lyco_lab.diffusion.source import Source
+from lyco_lab.diffusion.sources.base import Source
 from lyco_lab.errors import UserError
 
 Rows = Mapping[str, Tensor]  # by name, tensors with a row for each sample

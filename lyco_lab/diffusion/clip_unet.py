@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lyco_lab.diffusion import long_text
 from lyco_lab.diffusion.base import Diffusion, Rows, Sizes, Words, quiet
-from lyco_lab.diffusion.source import Source
+from lyco_lab.diffusion.sources.base import Source
 
 
 @dataclass(frozen=True)

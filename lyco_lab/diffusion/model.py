@@ -13,7 +13,8 @@ from lyco_lab.config import Model
 from lyco_lab.diffusion.base import Diffusion, Latents, Sizes, quiet
 from lyco_lab.diffusion.families import of
 from lyco_lab.diffusion.objective import Objective, Velocity, of_scheduler
-from lyco_lab.diffusion.source import Source, find
+from lyco_lab.diffusion.sources import find
+from lyco_lab.diffusion.sources.base import Source
 from lyco_lab.errors import UserError
 
 __all__ = ["Diffusion", "Latents", "Sizes", "fingerprint", "load", "network", "objective", "opened"]

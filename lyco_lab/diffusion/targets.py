@@ -29,9 +29,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lyco_lab.adapters.adapted_layer import shape_of
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.geometry import CONVOLUTIONS, NORMS
-from lyco_lab.adapters.layers import shape_of
 from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.options import Override
 from lyco_lab.config import Model

@@ -24,20 +24,23 @@ import torch
 from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS
-from lyco_lab.adapters.base import Adapter, Additive, Factors, Shape
+from lyco_lab.adapters.adapted_layer import is_opaque, shape_of
+from lyco_lab.adapters.base import Adapter, Additive
 from lyco_lab.adapters.boft import BOFT
 from lyco_lab.adapters.dora import MAGNITUDE, DoRA
 from lyco_lab.adapters.glora import GLoRA
 from lyco_lab.adapters.ia3 import IA3
-from lyco_lab.adapters.layers import BIAS, is_opaque, original, shape_of
+from lyco_lab.adapters.layer_adapter import BIAS
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
+from lyco_lab.adapters.merging import original
 from lyco_lab.adapters.mount import Mounted, survey
 from lyco_lab.adapters.native import Native
 from lyco_lab.adapters.norm import Norm
 from lyco_lab.adapters.oft import OFT
 from lyco_lab.adapters.rotation import Rotation
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.formats import kohya
 from lyco_lab.formats.kohya import ALPHA

@@ -36,10 +36,13 @@ import torch
 from torch import Tensor, nn
 
 from lyco_lab.adapters import ADAPTERS, build, describe
-from lyco_lab.adapters.base import Adapter, Factors, Shape
-from lyco_lab.adapters.layers import BIAS, original, shape_of
+from lyco_lab.adapters.adapted_layer import shape_of
+from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.layer_adapter import BIAS
+from lyco_lab.adapters.merging import original
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.adapters.options import SCALAR, Options, Override
+from lyco_lab.adapters.shapes import Factors, Shape
 from lyco_lab.adapters.targeting import SUPPORTED
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.files import atomic

@@ -9,10 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lyco_lab.adapters import forward, geometry, plan
+from lyco_lab.adapters.kernel import FORM_DENSE, FORM_TOKENS, SIDE_TOKENS
 from lyco_lab.adapters.mount import attach
 from tests.strategies import move
 
-PLANS = [plan.SIDE_TOKENS, plan.FORM_TOKENS, plan.FORM_DENSE]
+PLANS = [SIDE_TOKENS, FORM_TOKENS, FORM_DENSE]
 LAYERS = {
     "narrowing": (lambda: nn.Linear(24, 12), (2, 3, 24)),
     "widening": (lambda: nn.Linear(8, 24, bias=False), (5, 8)),

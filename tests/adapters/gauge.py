@@ -16,10 +16,11 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lyco_lab.adapters.base import Adapter, Factors, Terms
-from lyco_lab.adapters.layers import BIAS
+from lyco_lab.adapters.base import Adapter
+from lyco_lab.adapters.layer_adapter import BIAS
 from lyco_lab.adapters.mount import Mounted, attach
 from lyco_lab.adapters.options import SCALAR, Options
+from lyco_lab.adapters.shapes import Factors, Terms
 from lyco_lab.seeds import generator
 from tests.adapters.law import Case, error
 from tests.strategies import random_factors, random_weight

@@ -8,11 +8,12 @@ from torch import nn
 
 from lyco_lab.adapters import boft, forward, geometry, plan
 from lyco_lab.adapters.boft import BOFT, Stages, fusions
+from lyco_lab.adapters.kernel import FORM_DENSE, FORM_TOKENS, SIDE_TOKENS
 from lyco_lab.adapters.mount import attach
 from lyco_lab.linalg import butterfly_block
 from tests.strategies import layer_and_input, random_factors, random_weight, seeds
 
-PLANS = [plan.SIDE_TOKENS, plan.FORM_TOKENS, plan.FORM_DENSE]
+PLANS = [SIDE_TOKENS, FORM_TOKENS, FORM_DENSE]
 SHAPES = st.sampled_from([(12, 5), (16, 7), (24, 4), (8, 6, 3), (12, 2, 3, 2)])
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lyco_lab.adapters import ADAPTERS, build, describe, plan
 from lyco_lab.adapters.base import Additive
+from lyco_lab.adapters.kernel import FORM_DENSE, FORM_TOKENS, SIDE_TOKENS
 from lyco_lab.adapters.mount import attach
 from lyco_lab.errors import UserError
 from tests.adapters.gauge import (
@@ -82,7 +83,7 @@ def test_the_law_holds_in_thousands_of_cases(cls, data, tmp_path_factory):
 
 
 @every_adapter
-@pytest.mark.parametrize("forced", [plan.SIDE_TOKENS, plan.FORM_TOKENS, plan.FORM_DENSE], ids=str)
+@pytest.mark.parametrize("forced", [SIDE_TOKENS, FORM_TOKENS, FORM_DENSE], ids=str)
 @settings(max_examples=30)
 @given(data=st.data())
 def test_every_plan_is_the_definition(cls, forced, data, tmp_path_factory):

@@ -8,6 +8,7 @@ from torch import nn
 
 from lyco_lab.adapters import ADAPTERS, build, describe, plan
 from lyco_lab.adapters.dora import MAGNITUDE, DoRA
+from lyco_lab.adapters.kernel import FORM_TOKENS, SIDE_TOKENS
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA
@@ -101,7 +102,7 @@ def test_gradients_agree_with_finite_differences(forced, axis, layer):
 
 
 def test_second_derivatives_agree_with_finite_differences():
-    check_derivatives("widening", DoRA(LoRA(1, 1.5)), plan.SIDE_TOKENS, twice=True)
+    check_derivatives("widening", DoRA(LoRA(1, 1.5)), SIDE_TOKENS, twice=True)
 
 
 @inner
@@ -221,7 +222,7 @@ def test_a_row_that_the_update_nearly_takes_away_keeps_its_length(left):
         weight = model[0].weight.double()
         given_factors = {name: factor.double() for name, factor in factors.items()}
         expected = mounted.adapter.adapted(weight, given_factors) @ x.double().t()
-        with plan.forced(plan.SIDE_TOKENS):
+        with plan.forced(SIDE_TOKENS):
             y = model(x) - model[0].bias
         # What is left of the row was rounded as an entry of W is.
         assert (y[:, 0] - expected[0]).norm() <= 4e-7 / left * expected[0].norm()
@@ -282,7 +283,7 @@ def test_keeps_nothing_of_the_weights_size(dtype, axis):
 def test_side_forms_nothing_of_the_weights_size():
     model, mounted, x = example("narrowing", DoRA(LoRA(1, 1.5)), 0)
     x = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
-    with plan.forced(plan.SIDE_TOKENS):
+    with plan.forced(SIDE_TOKENS):
         with Largest(model[0].weight) as seen:
             y = model(x)
         assert seen.entries < 24 * 12
@@ -336,7 +337,7 @@ def test_every_kind_is_described_and_built_again(kind):
     assert build({"kind": kind.upper()}) == ADAPTERS[kind]() == build(describe(ADAPTERS[kind]()))
 
 
-@pytest.mark.parametrize("forced", [plan.SIDE_TOKENS, plan.FORM_TOKENS], ids=str)
+@pytest.mark.parametrize("forced", [SIDE_TOKENS, FORM_TOKENS], ids=str)
 def test_a_frozen_weight_that_is_written_to_is_seen(forced):
     """The lengths of its rows are kept from call to call."""
     layer = nn.Linear(8, 12)

@@ -20,7 +20,8 @@ from typing import ClassVar
 
 from torch import Generator, Tensor
 
-from lyco_lab.adapters.base import Additive, Factors, OfAlpha, Shape
+from lyco_lab.adapters.base import Additive, OfAlpha
+from lyco_lab.adapters.shapes import Factors, Shape
 
 
 @dataclass(frozen=True)

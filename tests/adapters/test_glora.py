@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lyco_lab.adapters import plan
 from lyco_lab.adapters.glora import GLoRA
+from lyco_lab.adapters.kernel import SIDE_TOKENS
 from tests.adapters.exact import (
     GROUPED,
     LAYERS,
@@ -86,7 +87,7 @@ def test_side_forms_nothing_of_the_weights_size(layer, entries):
     """Activations are smaller here, too."""
     model, mounted, x = example(layer, GLoRA(1, 1.5), 0)
     x = x[:1].detach().requires_grad_()
-    with plan.forced(plan.SIDE_TOKENS), Largest(model[0].weight) as seen:
+    with plan.forced(SIDE_TOKENS), Largest(model[0].weight) as seen:
         y = model(x)
         torch.autograd.grad(y.sum(), [x, *mounted.parameters()])
     assert seen.entries < entries

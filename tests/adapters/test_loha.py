@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lyco_lab.adapters import forward, plan
+from lyco_lab.adapters import forward
+from lyco_lab.adapters.kernel import SIDE_TOKENS
 from lyco_lab.adapters.loha import BLOCK, LoHa
 from lyco_lab.adapters.mount import attach
 from tests.adapters.exact import (
@@ -180,7 +181,7 @@ def test_derivatives_are_those_of_finite_differences(layer, forced):
 
 
 def test_second_derivatives_are_those_of_finite_differences():
-    check_derivatives("1d", LoHa(rank=1, alpha=1.5, tucker=True), plan.SIDE_TOKENS, twice=True)
+    check_derivatives("1d", LoHa(rank=1, alpha=1.5, tucker=True), SIDE_TOKENS, twice=True)
 
 
 def test_merging_in_place_makes_no_second_weight():

@@ -7,8 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lyco_lab.adapters import plan
 from lyco_lab.adapters.geometry import Linear
+from lyco_lab.adapters.kernel import SIDE_TOKENS, Saved
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.linalg import kron, split
 from tests.adapters.exact import (
@@ -335,7 +335,7 @@ def test_derivatives_are_those_of_finite_differences(layer, form, forced):
 
 
 def test_second_derivatives_are_those_of_finite_differences():
-    check_derivatives("1d", FORMS["all factored"], plan.SIDE_TOKENS, twice=True)
+    check_derivatives("1d", FORMS["all factored"], SIDE_TOKENS, twice=True)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -345,9 +345,9 @@ def test_tokens_and_merging_in_place_make_nothing_of_the_weights_size(form):
     kernel, op = adapter.kernel((48, 64)), Linear()
     expected = adapter.adapted(w_PQ, factors)
     with Largest(w_PQ) as made:
-        y, _ = kernel.forward(op, plan.SIDE_TOKENS, x, w_PQ, None, factors)
-        saved = plan.Saved(x, tuple(x.shape), w_PQ, None, factors, ())
-        kernel.backward(op, plan.SIDE_TOKENS, y, saved, True)
+        y, _ = kernel.forward(op, SIDE_TOKENS, x, w_PQ, None, factors)
+        saved = Saved(x, tuple(x.shape), w_PQ, None, factors, ())
+        kernel.backward(op, SIDE_TOKENS, y, saved, True)
         kernel.form(w_PQ, factors, out=w_PQ)
     torch.testing.assert_close(y, x @ expected.t())
     assert made.entries < w_PQ.numel()

@@ -9,7 +9,7 @@ from torch import nn
 from lyco_lab.adapters import ADAPTERS
 from lyco_lab.adapters.dora import DoRA
 from lyco_lab.adapters.ia3 import IA3
-from lyco_lab.adapters.layers import BIAS
+from lyco_lab.adapters.layer_adapter import BIAS
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA

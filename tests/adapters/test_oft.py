@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lyco_lab.adapters import forward, geometry, plan
+from lyco_lab.adapters.kernel import FORM_TOKENS, SIDE_TOKENS
 from lyco_lab.adapters.mount import attach
 from lyco_lab.adapters.oft import OFT
 from lyco_lab.linalg import cayley_grad, cayley_inverse, cayley_offset, split
 from tests.strategies import layer_and_input, random_factors, random_weight, seeds
 
-PLANS = [plan.SIDE_TOKENS, plan.FORM_TOKENS]
+PLANS = [SIDE_TOKENS, FORM_TOKENS]
 SHAPES = st.sampled_from([(12, 5), (10, 7), (9, 4), (8, 6, 3), (6, 2, 3, 2)])
 
 

@@ -8,13 +8,14 @@ import dataclasses
 import pytest
 import torch
 
-from lyco_lab.adapters import layers, lowrank, plan
+from lyco_lab.adapters import adapted_layer, layer_adapter, lowrank, plan
 from lyco_lab.adapters.base import Adapter
 from lyco_lab.adapters.dora import DoRA
 from lyco_lab.adapters.dylora import DyLoRA
 from lyco_lab.adapters.geometry import Convolution, Linear
 from lyco_lab.adapters.glora import GLoRA
 from lyco_lab.adapters.ia3 import IA3, Rows
+from lyco_lab.adapters.kernel import FORM_TOKENS, SIDE_TOKENS
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA, Pair
 from lyco_lab.adapters.native import Native
@@ -62,7 +63,7 @@ def transposed_factor(monkeypatch):
 
 
 def dropped_bias(monkeypatch):
-    monkeypatch.setattr(layers.Adapted, "bias_with", lambda self, mounts: None)
+    monkeypatch.setattr(adapted_layer.Adapted, "bias_with", lambda self, mounts: None)
 
 
 def detached_norm(monkeypatch):
@@ -74,7 +75,7 @@ def detached_norm(monkeypatch):
 
 
 def strength_left_out(monkeypatch):
-    monkeypatch.setattr(layers, "_scale", lambda factors, names, by: None)
+    monkeypatch.setattr(layer_adapter, "_scale", lambda factors, names, by: None)
 
 
 def rotated_the_other_way(monkeypatch):
@@ -107,9 +108,11 @@ def rounded_weights(monkeypatch):
 
 
 def bias_twice(monkeypatch):
-    offset = layers.Mount.offset
+    offset = layer_adapter.Mount.offset
     monkeypatch.setattr(
-        layers.Mount, "offset", lambda self: None if offset(self) is None else 2 * offset(self)
+        layer_adapter.Mount,
+        "offset",
+        lambda self: None if offset(self) is None else 2 * offset(self),
     )
 
 
@@ -137,7 +140,7 @@ FAULTS = [
 )
 def test_a_planted_fault_breaks_the_law(plant, example, kind, monkeypatch, tmp_path):
     def check():
-        for forced in (plan.SIDE_TOKENS, plan.FORM_TOKENS):
+        for forced in (SIDE_TOKENS, FORM_TOKENS):
             with plan.forced(forced):
                 if kind == "values":
                     check_values(example, tmp_path)
@@ -243,7 +246,7 @@ def test_a_false_claim_is_found(plant, example, kind, monkeypatch):
             check_terms(example, free(said, 3.0, [0.7, 1.9, 0.4, 1.1, 0.6]))
         elif kind == "runs":
             g, scales = linked(said, [4.0, 0.125, 2.0, 2.0, 0.5])
-            with plan.forced(plan.SIDE_TOKENS):
+            with plan.forced(SIDE_TOKENS):
                 check_equal_runs(example, (g * 0.5, 0.5), scales)
         elif kind == "zero":
             check_zero(example)

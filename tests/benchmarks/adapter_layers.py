@@ -50,6 +50,7 @@ from _peers import BLOCK, RANK, Contestant, contestants, in_words
 from torch import Tensor, nn
 
 from lyco_lab.adapters import geometry, plan
+from lyco_lab.adapters.kernel import Sizes
 
 
 @dataclass(frozen=True)
@@ -280,7 +281,7 @@ def plans(on: Contestant, layer: Layer) -> Iterator[Any]:
     (adapted,) = on.ours.layers.values()
     op, shape = geometry.of(adapted), adapted.weight_shape
     kernel = plan.kernel_of(on.ours.adapter, op, shape)
-    sizes = plan.Sizes(layer.tokens, layer.outputs, layer.weight // layer.outputs)
+    sizes = Sizes(layer.tokens, layer.outputs, layer.weight // layer.outputs)
     yield from kernel.costs(sizes)
     yield "reference"
 

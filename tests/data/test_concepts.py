@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lyco_lab.config import Data
-from lyco_lab.data import concepts, own
+from lyco_lab.data import class_folders, own
 from lyco_lab.data.memo import Memo
 from tests.data import pictures
 
@@ -151,7 +151,7 @@ def joint_rows(root):
 @given(parts=st.lists(st.tuples(st.booleans(), WORDS), min_size=1, max_size=4))
 def test_a_class_ends_with_the_first_number(parts):
     path = "/".join(f"{'7_' * has}{name}" for has, name in parts)
-    above, leaf = concepts.place(path)
+    above, leaf = class_folders.place(path)
     names = [name for _, name in parts]
     first = next((i for i, (has, _) in enumerate(parts) if has), 0)
     assert above.split("/") == names[: first + 1]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lyco_lab.config import Model
-from lyco_lab.diffusion import single_file
+from lyco_lab.diffusion.sources import single_file
 from tests.conftest import tiny_tokenizer
 from tests.diffusion import original, tiny
 

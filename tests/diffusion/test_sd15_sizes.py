@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 import lyco_lab.diffusion
+from lyco_lab.adapters.adapted_layer import shape_of
 from lyco_lab.adapters.base import Adapter
-from lyco_lab.adapters.layers import shape_of
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA

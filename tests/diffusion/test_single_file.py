@@ -8,10 +8,10 @@ import safetensors.torch
 import torch
 
 from lyco_lab.config import Model
-from lyco_lab.diffusion import single_file
 from lyco_lab.diffusion.model import fingerprint, load, sound
 from lyco_lab.diffusion.original_names import unet as unet_names
 from lyco_lab.diffusion.skeleton import parts, skeleton
+from lyco_lab.diffusion.sources import single_file
 from lyco_lab.errors import UserError
 from tests.diffusion import original
 

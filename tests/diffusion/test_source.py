@@ -148,7 +148,7 @@ def test_the_command_s_patterns_fetch_what_is_loaded(tiny_of, hub, tmp_path):
     """And not the rest of a repository: whole checkpoints, other frameworks' weights."""
     from fnmatch import fnmatch
 
-    from lyco_lab.diffusion.source import FETCHED
+    from lyco_lab.diffusion.sources.hub import FETCHED
 
     for family in ("sd1", "sdxl", "sd3-t5"):
         kept = tmp_path / family

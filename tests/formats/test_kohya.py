@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from lyco_lab.adapters import ADAPTERS
+from lyco_lab.adapters.adapted_layer import NORMS
 from lyco_lab.adapters.boft import BOFT
 from lyco_lab.adapters.dora import DoRA
 from lyco_lab.adapters.dylora import DyLoRA
 from lyco_lab.adapters.glora import GLoRA
 from lyco_lab.adapters.ia3 import IA3
-from lyco_lab.adapters.layers import NORMS
 from lyco_lab.adapters.loha import LoHa
 from lyco_lab.adapters.lokr import LoKr
 from lyco_lab.adapters.lora import LoRA

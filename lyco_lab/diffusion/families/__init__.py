@@ -4,7 +4,7 @@
 """
 
 from lyco_lab.diffusion.base import Diffusion
-from lyco_lab.diffusion.source import Source
+from lyco_lab.diffusion.sources.base import Source
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.kinds import Family
 

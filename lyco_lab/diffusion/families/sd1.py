@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lyco_lab.diffusion.clip_unet import ClipUNet
-from lyco_lab.diffusion.source import Source
+from lyco_lab.diffusion.sources.base import Source
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from lyco_lab.diffusion.base import Words
 from lyco_lab.diffusion.clip_unet import ClipUNet
-from lyco_lab.diffusion.source import Source
+from lyco_lab.diffusion.sources.base import Source
 
 
 @dataclass(frozen=True)

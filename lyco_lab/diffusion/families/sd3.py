@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lyco_lab.diffusion.base import Diffusion, Rows, Sizes, Words, quiet
-from lyco_lab.diffusion.source import Source
+from lyco_lab.diffusion.sources.base import Source
 
 T5_LENGTH = 256  # tokens of a text
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from lyco_lab.config import Model
 from lyco_lab.diffusion import original_names
-from lyco_lab.diffusion.source import Source, cached, check_choice
+from lyco_lab.diffusion.sources.base import Source, check_choice
+from lyco_lab.diffusion.sources.hub import cached
 from lyco_lab.diffusion.tensors import Tensors, first_line, read
 from lyco_lab.errors import UserError
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 VOCABULARY = "openai/clip-vit-large-patch14"  # the same in every Stable Diffusion
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json")
 
