@@ -5,6 +5,8 @@ the settings that a study may give, and the class's name in lower case is its wo
 registering: there is no list to edit.
 
     describe(LoHa(rank=2)) == {"kind": "loha", "rank": 2, "alpha": 2.0, ...}      and back: build
+
+A kind from elsewhere has no word: it is named by `package.module.Class`.
 """
 
 import importlib
@@ -16,6 +18,7 @@ from types import UnionType
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin
 
 from lyco_lab.errors import UserError, nearest
+from lyco_lab.user_classes import find_class, is_path
 
 Thing = TypeVar("Thing")
 
@@ -26,7 +29,7 @@ class Family(Generic[Thing]):
 
     section: str  # of a study, that holds such a thing
     base: type[Thing]
-    kinds: Mapping[str, type[Thing]]
+    kinds: dict[str, type[Thing]]  # those of a user's own are added as studies name them
 
     @classmethod
     def find(cls, section: str, base: type[Thing], package: str, path: Any) -> "Family[Thing]":
@@ -38,7 +41,7 @@ class Family(Generic[Thing]):
 
     def describe(self, thing: Thing) -> dict[str, Any]:
         """The thing in plain words: its kind and its fields, those of one within it alike."""
-        described: dict[str, Any] = {"kind": type(thing).__name__.lower()}
+        described: dict[str, Any] = {"kind": self.word(type(thing))}
         for field in fields(thing):  # type: ignore[arg-type]
             value = getattr(thing, field.name)
             described[field.name] = self.describe(value) if isinstance(value, self.base) else value
@@ -64,10 +67,38 @@ class Family(Generic[Thing]):
         except ValueError as error:
             raise UserError(f"{where}: {error}") from error
 
+    def word(self, cls: type[Thing]) -> str:
+        """What a study calls this kind."""
+        word = cls.__name__.lower()
+        return word if self.kinds.get(word) is cls else f"{cls.__module__}.{cls.__qualname__}"
+
+    def learn(self, path: str, where: str | None = None) -> type[Thing]:
+        """The kind at package.module.Class, which may be a user's own.
+
+        Raises `UserError` unless it is a frozen dataclass below the family's base class.
+        """
+        if path in self.kinds:
+            return self.kinds[path]
+        where = where or f"{self.section}.kind"
+        needed = f"{self.base.__module__}.{self.base.__qualname__}"
+        cls: type[Thing] = find_class(where, path, self.base, needed)
+        if inspect.isabstract(cls):
+            lacks = ", ".join(sorted(getattr(cls, "__abstractmethods__")))  # noqa: B009
+            raise UserError(f"{where} is {path!r}, which has no {lacks}")
+        # Its own, since inherited it would not know the fields that the class adds.
+        made = cls.__dict__.get("__dataclass_params__")
+        if made is None or not made.frozen:
+            raise UserError(f"{where} is {path!r}, which needs @dataclass(frozen=True)")
+        if self.word(cls) not in self.kinds:
+            self.kinds[path] = cls
+        return cls
+
     def class_of(self, section: Mapping[str, Any], where: str | None = None) -> type[Thing]:
         """The dataclass whose fields are the keys of a section."""
         where = where or self.section
         kind = section.get("kind")
+        if isinstance(kind, str) and is_path(kind):
+            return self.learn(kind, f"{where}.kind")
         known = sorted(self.kinds)
         if not isinstance(kind, str) or kind.lower() not in self.kinds:
             hint = nearest(kind, known) if isinstance(kind, str) else ""
@@ -88,7 +119,7 @@ class Family(Generic[Thing]):
             if key not in known:
                 takes = f"it takes {', '.join(known)}" if known else "it takes no settings"
                 place = f"{where}.{key}" + (f" in {origin}" if origin else "")
-                kind = cls.__name__.lower()
+                kind = self.word(cls)
                 raise UserError(f"{place}: {kind!r} has no {key!r}; {takes}{nearest(key, known)}")
 
     def holds(self, cls: type[Thing], name: str) -> bool:

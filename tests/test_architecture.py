@@ -14,12 +14,12 @@ LIBRARY = ROOT / "lyco_lab"
 
 # A module may import its own package and whatever stands before it.
 ORDER = (
-    "errors", "interrupts", "files", "readers", "settings", "kinds", "seeds", "linalg", "waits",
-    "record", "integrity", "states", "progress", "console", "workers", "adapters", "optimizers",
-    "config", "devices",
-    "formats", "diffusion", "miniature", "gamma", "fold", "data", "tracking", "train", "longer",
-    "verify", "generate", "evaluate", "adopt", "analyse", "report", "dry_run", "lacking", "costs",
-    "engines", "doctor", "import_config", "cli", "__main__",
+    "errors", "interrupts", "files", "readers", "settings", "user_classes", "kinds", "seeds",
+    "linalg", "waits", "record", "integrity", "states", "progress", "console", "workers",
+    "adapters", "optimizers", "config", "devices", "formats", "diffusion", "miniature", "gamma",
+    "fold", "data", "tracking", "train", "longer", "verify", "generate", "evaluate", "adopt",
+    "analyse", "report", "dry_run", "lacking", "costs", "engines", "doctor", "import_config", "cli",
+    "__main__",
 )  # fmt: skip
 USERS = ("experiments", "theory", "paper", "tests")  # import the library; it imports none of them
 SHARED = {

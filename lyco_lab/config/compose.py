@@ -22,6 +22,7 @@ from lyco_lab.config.training import Plugin
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.kinds import Family
 from lyco_lab.settings import shown
+from lyco_lab.user_classes import is_path
 
 Nested = dict[str, Any]
 SECTIONS: dict[str, type] = {
@@ -176,6 +177,7 @@ def build(
         values = nest(layer.values, layer.origin)
         if not values:
             continue
+        learn_kinds(values, layer.origin)
         check_keys(values, layer.origin)
         for family, given in loose.items():
             section = values.get(family, {})
@@ -235,7 +237,7 @@ def check_keys(values: Nested, origin: str) -> None:
         if key in values and not (isinstance(values[key], dict) and values[key]):
             raise UserError(f"{key} is {shown(values[key])} in {origin}, needs keys of its own")
     for path in _paths(values):
-        if path not in KEYS and path not in INNER_KEYS:
+        if not _is_key(path):
             raise UserError(f"unknown key {shown(path)} in {origin}{_hint(path)}")
 
 
@@ -275,7 +277,47 @@ def _merge(below: Nested, above: Nested, family: str = "") -> Nested:
 
 
 def _kind(section: Nested, family: str) -> str:
-    return str(section.get("kind", DEFAULTS[family]["kind"])).lower()
+    kind = str(section.get("kind", DEFAULTS[family]["kind"]))
+    return kind if is_path(kind) else kind.lower()
+
+
+def learn_kinds(values: Mapping[str, Any], origin: str) -> None:
+    """Import the classes that `adapter.kind` and `optimizer.kind` name by their paths.
+
+    Only then is known which keys their sections have. Looks into every mapping and list, as those
+    of `grid` and `runs`.
+    """
+    for key, value in values.items():
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, Mapping):
+                learn_kinds({f"{key}.{name}": v for name, v in inner.items()}, origin)
+            family = re.search(rf"(?:^|\.)({'|'.join(FAMILIES)})\.(?:\w+\.)*kind$", key)
+            if family and isinstance(inner, str) and is_path(inner):
+                try:
+                    FAMILIES[family[1]].learn(inner, key[family.start(1) :])
+                except UserError as error:
+                    raise UserError(f"{error}, in {origin}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _learned(kinds: frozenset[tuple[str, str]]) -> frozenset[str]:
+    """The keys of kinds that are not of this library, by the families and names of all kinds."""
+    found = set()
+    for name, family in FAMILIES.items():
+        learned = [cls for word, cls in family.kinds.items() if is_path(word)]
+        own = {spec.name for cls in learned for spec in fields(cls)}
+        found |= {f"{name}.{key}" for key in own}
+        for cls in family.kinds.values():
+            for spec in fields(cls):
+                if family.holds(cls, spec.name):
+                    found |= {f"{name}.{spec.name}.{key}" for key in FAMILY_KEYS[name] | own}
+    return frozenset(found)
+
+
+def _is_key(path: str) -> bool:
+    if path in KEYS or path in INNER_KEYS:
+        return True
+    return path in _learned(frozenset((n, word) for n, f in FAMILIES.items() for word in f.kinds))
 
 
 def _typed(merged: Nested, origin: str) -> Nested:
@@ -310,7 +352,7 @@ def _thing(family: str, section: Nested, origin: str, where: str = "") -> Nested
             raise UserError(f"{where}.{key} is {shown(value)} in {origin}, needs keys of its own")
         within[key] = _thing(family, value, origin, f"{where}.{key}")
     typed = _section(f"{where}.", options, cls, origin)
-    return {"kind": cls.__name__.lower(), **within, **typed}
+    return {"kind": kinds.word(cls), **within, **typed}
 
 
 def _section(prefix: str, values: Nested, cls: type, origin: str) -> Nested:

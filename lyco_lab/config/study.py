@@ -28,6 +28,7 @@ from lyco_lab.config.compose import (
     Nested,
     build,
     check_keys,
+    learn_kinds,
     nest,
     parse_overrides,
     read_yaml,
@@ -77,6 +78,8 @@ def load_study(folder: Path | str, overrides: list[str] | tuple[str, ...] = ()) 
             raise UserError(f"{path} needs a {key}, in a sentence, got {shown(read.get(key))}")
     name = folder.resolve().name
     given = parse_overrides(overrides)
+    learn_kinds(read, str(path))
+    learn_kinds(given, COMMAND_LINE)
     check_keys(nest(given, COMMAND_LINE), COMMAND_LINE)
 
     common = [Layer(f"{path} (set)", _mapping(read.get("set"), "set", path))]

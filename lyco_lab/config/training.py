@@ -13,6 +13,7 @@ from lyco_lab.config.checks import at_least, choose, goes_with, need, positive
 from lyco_lab.config.groups import Group
 from lyco_lab.errors import UserError
 from lyco_lab.settings import PATH, POSITIVE, SHARE, STEPS, Within
+from lyco_lab.user_classes import is_path
 
 BATCH = Within(1, 2**16)
 LONGEST_TOKEN = 64
@@ -259,10 +260,9 @@ class Plugin:
     init_args: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        words = self.class_path.split(".")
-        path = len(words) > 1 and all(word.isidentifier() for word in words)
         needed = "package.module.Class"
-        need(path, "class_path of a callback or logger", self.class_path, needed)
+        right = is_path(self.class_path)
+        need(right, "class_path of a callback or logger", self.class_path, needed)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ import glob
 import hashlib
 import json
 import struct
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,6 +49,7 @@ from lyco_lab.errors import UserError, nearest
 from lyco_lab.files import atomic
 from lyco_lab.kinds import check_type
 from lyco_lab.readers import Damaged, read_safetensors
+from lyco_lab.user_classes import is_path
 
 PREFIXES = {
     "unet": "lora_unet_",
@@ -471,7 +473,13 @@ def _build(path: Path, section: Any) -> Adapter:
     if not isinstance(section, dict):
         raise Damaged(path, f"its metadata hold the adapter {section!r:.60}, no object")
     kind = section.get("kind")
-    if not isinstance(kind, str) or kind not in ADAPTERS:
+    if isinstance(kind, str) and is_path(kind) and kind.rpartition(".")[0] not in sys.modules:
+        # A file may come from anywhere, and importing runs code.
+        raise UserError(
+            f"{path} holds an adapter {kind!r}, which is not of lyco_lab: import "
+            f"{kind.rpartition('.')[0]} first, if you trust it"
+        )
+    if not isinstance(kind, str) or (kind not in ADAPTERS and not is_path(kind)):
         raise UserError(f"{path} holds an unknown adapter {kind!r}{nearest(str(kind), ADAPTERS)}")
     try:
         return build(section)

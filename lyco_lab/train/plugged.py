@@ -16,12 +16,8 @@ would overrule settings of the run, or export factors that are not the ones that
 Of several processes each has the callbacks, and the first has the loggers.
 """
 
-import importlib
 import inspect
 import io
-import os
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +48,7 @@ from lyco_lab.config.training import Plugin
 from lyco_lab.data.batches import Batch
 from lyco_lab.errors import UserError, nearest
 from lyco_lab.train.journal import COLUMNS
+from lyco_lab.user_classes import find_class
 
 State = Mapping[str, Mapping[str, Any]]  # of each callback with one
 
@@ -160,43 +157,15 @@ def _each(run: Run, make: Callable[[type, dict[str, Any]], Any]) -> tuple[list[A
 
 
 def _class(where: str, path: str, kind: type) -> type:
-    module_name, _, name = path.rpartition(".")
-    module = _module(where, path, module_name)
-    if not hasattr(module, name):
-        others = [n for n, v in vars(module).items() if isinstance(v, type) and issubclass(v, kind)]
-        raise UserError(
-            f"{where} is {path!r}, but {module_name} has no {name}{nearest(name, others)}"
-        )
-    cls = getattr(module, name)
-    if not (isinstance(cls, type) and issubclass(cls, kind)):
-        hint = ""
-        if module_name.startswith("pytorch_lightning"):
-            hint = ": pytorch_lightning is another package of the same, write lightning.pytorch"
-        raise UserError(f"{where} is {path!r}, which is no lightning.pytorch {kind.__name__}{hint}")
+    hint = ""
+    if path.startswith("pytorch_lightning"):
+        hint = ": pytorch_lightning is another package of the same, write lightning.pytorch"
+    cls = find_class(where, path, kind, f"lightning.pytorch {kind.__name__}{hint}")
     for refused, reason in REFUSED.items():
         if issubclass(cls, refused):
             of = "" if cls is refused else f" (a {refused.__name__})"
             raise UserError(f"{where} is {path!r}{of}, but {reason}")
     return cls
-
-
-def _module(where: str, path: str, name: str) -> Any:
-    """A module, also one that lies in the folder the command is run in."""
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        missing = str(error.name)
-        if not f"{name}.".startswith(f"{missing}."):
-            raise UserError(f"{where} is {path!r}, which needs {missing}: {error}") from error
-        parent, _, last = missing.rpartition(".")
-        folders = sys.modules[parent].__path__ if parent else None
-        hint = nearest(last, [module.name for module in pkgutil.iter_modules(folders)])
-        raise UserError(f"{where} is {path!r}, but there is no module {missing!r}{hint}") from None
-    except Exception as error:
-        raise UserError(f"{where} is {path!r}, but importing {name} fails: {error}") from error
 
 
 def _arguments(run: Run, where: str, cls: type, plugin: Plugin) -> dict[str, Any]:
