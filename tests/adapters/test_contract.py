@@ -59,14 +59,14 @@ def test_the_first_four_are_found():
 
 
 @every_adapter
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_forward_merged_scaled_and_reloaded_are_the_definition(cls, data, tmp_path_factory):
     check_values(data.draw(cases(cls)), tmp_path_factory.getbasetemp())
 
 
 @every_adapter
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_gradients_are_those_of_the_definition(cls, data):
     check_gradients(data.draw(cases(cls)))
@@ -84,7 +84,7 @@ def test_the_law_holds_in_thousands_of_cases(cls, data, tmp_path_factory):
 
 @every_adapter
 @pytest.mark.parametrize("forced", [SIDE_TOKENS, FORM_TOKENS, FORM_DENSE], ids=str)
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(data=st.data())
 def test_every_plan_is_the_definition(cls, forced, data, tmp_path_factory):
     """A kernel that has no such plan takes another, and is tested again: plans never differ."""
