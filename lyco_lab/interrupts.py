@@ -4,6 +4,7 @@ Both ask for the same: finish what would otherwise be lost, and end. A process e
 the signal's number, 130 or 143, as if the signal itself had ended it.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -66,9 +67,12 @@ def ignore(number: int) -> None:
 def end_between() -> None:
     """For a process of its own: before and after `answering`, a signal ends it with its exit code.
 
-    After a first signal the interpreter takes a while to end, and Python would answer a second
-    Ctrl-C by a death that is no exit code.
+    After a first signal the interpreter takes a while to end. Near its end it gives the signals
+    back to the system, for which a second Ctrl-C would be a death without an exit code: so they are
+    held back from there on.
     """
+    # Called when all that was registered later has been: what then is left takes no care of itself.
+    atexit.register(hold_back)
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end_between)
@@ -83,6 +87,7 @@ def _end_between(number: int, _frame: FrameType | None) -> None:
 _told = 0  # the signal that arrived first, within the outermost `answering`
 _again: Answer = stop_at_once
 _hurried = False
+_ending = False  # this process hears no signal any more
 
 
 def told() -> int:
@@ -129,7 +134,7 @@ def answering(first: Answer, again: Answer | None = None) -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = others
-        for number, handler in before.items():
+        for number, handler in before.items() if not _ending else ():
             signal.signal(number, handler)
         _again = outer
         if outermost:
@@ -162,6 +167,17 @@ def blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def hold_back() -> None:
+    """Hear no signal any more: for a process that is ending, whose libraries would tell of it.
+
+    Ignoring them counts for all threads, as blocking would not, and Python leaves it so at its end.
+    """
+    global _ending
+    _ending = True
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def unblock() -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lyco_lab import interrupts
 from lyco_lab.errors import Interrupted, UserError
-from lyco_lab.interrupts import Stopped, answering, blocked, ignore, unblock
+from lyco_lab.interrupts import Stopped, answering, blocked, hold_back, ignore, unblock
 
 ENDING_S = 10.0  # for a process without a task to end by itself
 ALONE_S = 1.0  # a signal for all may reach this process so much later than another
@@ -341,6 +341,7 @@ def _serve(pipe: Connection, threads: int, parent: int, setup: Callable[[Say], W
         unblock()
         begin(threads, parent)
         desk.serve(setup)
+        hold_back()
 
 
 class _Desk:

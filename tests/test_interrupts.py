@@ -35,7 +35,15 @@ import atexit, time
 from lyco_lab import interrupts
 
 interrupts.end_between()
-atexit.register(time.sleep, 30)  # as libraries that have something to finish
+if {late}:
+    class Slow:  # as modules of a library, which go once Python has given the signals back
+        sleep = time.sleep
+        def __del__(self):
+            self.sleep(2)
+    slow = Slow()
+    slow.sleep = time.sleep
+else:
+    atexit.register(time.sleep, 30)  # as libraries that have something to finish
 with interrupts.answering(interrupts.stop, interrupts.end_soon):
     try:
         print("begun", flush=True)
@@ -66,9 +74,10 @@ def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(number):
     assert time.monotonic() - began_s < 25
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_while_the_interpreter_ends(first):
-    process = begin(WHILE_IT_ENDS)
+def test_a_second_signal_while_the_interpreter_ends(first, late):
+    process = begin(WHILE_IT_ENDS.format(late=late))
     assert process.stdout.readline() == "begun\n"
     process.send_signal(first)
     assert process.stdout.readline() == "stopped\n"
@@ -87,3 +96,37 @@ def test_before_anything_is_answered():
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
+
+
+A_WORKER = """
+import atexit, os, signal
+from lyco_lab.workers import supervise
+
+def told():
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+
+def setup(say):
+    atexit.register(told)
+    return lambda task: task
+
+if __name__ == "__main__":
+    tasks = ["a"]
+    supervise(1, 1, setup, lambda slot: tasks.pop() if tasks else None, print,
+              lambda item: None, lambda number: None)
+"""
+
+
+def test_a_worker_that_is_ending_hears_nothing(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(A_WORKER)
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Done" in done.stdout
