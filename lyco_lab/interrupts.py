@@ -68,14 +68,21 @@ def end_between() -> None:
     """For a process of its own: before and after `answering`, a signal ends it with its exit code.
 
     After a first signal the interpreter takes a while to end. Near its end it gives the signals
-    back to the system, for which a second Ctrl-C would be a death without an exit code: so they are
-    held back from there on.
+    back to the system, for which a second Ctrl-C would be a death without an exit code. So it does
+    not get that far: once all has been done that libraries have registered, the process ends.
     """
-    # Called when all that was registered later has been: what then is left takes no care of itself.
-    atexit.register(hold_back)
+    atexit.register(_end_if_told)  # called after what is registered later
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end_between)
+
+
+def _end_if_told() -> None:
+    hold_back()
+    if _told:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code(_told))
 
 
 def _end_between(number: int, _frame: FrameType | None) -> None:
