@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lyco_lab.errors import Interrupted
 
@@ -55,9 +55,7 @@ def end_soon(number: int) -> None:
 def end_now() -> None:
     """End the process, if it was told to end a second time."""
     if _hurried and _told:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code(_told))
+        _exit(_told)
 
 
 def ignore(number: int) -> None:
@@ -80,15 +78,18 @@ def end_between() -> None:
 def _end_if_told() -> None:
     hold_back()
     if _told:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code(_told))
+        _exit(_told)
 
 
 def _end_between(number: int, _frame: FrameType | None) -> None:
+    _exit(_told or number)
+
+
+def _exit(number: int) -> NoReturn:
+    """End here and now, with nothing said lost."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(exit_code(_told or number))
+    os._exit(exit_code(number))
 
 
 _told = 0  # the signal that arrived first, within the outermost `answering`

@@ -66,14 +66,22 @@ ENTRIES: dict[Any, type] = {
     tuple[Asked, ...]: Asked,
     tuple[Plugin, ...]: Plugin,
 }
-INNER_KEYS = tuple(  # of the things that things hold
-    f"{name}.{spec.name}.{key}"
-    for name, family in FAMILIES.items()
-    for cls in family.kinds.values()
-    for spec in fields(cls)
-    if family.holds(cls, spec.name)
-    for key in sorted(FAMILY_KEYS[name])
-)
+KIND = re.compile(rf"(?:^|\.)({'|'.join(FAMILIES)})\.(?:\w+\.)*kind$")
+
+
+def _inner_keys(name: str, keys: Iterable[str]) -> list[str]:
+    """The keys of the things that things of a family hold."""
+    family = FAMILIES[name]
+    held = [
+        spec.name
+        for cls in family.kinds.values()
+        for spec in fields(cls)
+        if family.holds(cls, spec.name)
+    ]
+    return [f"{name}.{field}.{key}" for field in held for key in sorted(keys)]
+
+
+INNER_KEYS = tuple(key for name, keys in FAMILY_KEYS.items() for key in _inner_keys(name, keys))
 
 
 @dataclass(frozen=True)
@@ -291,7 +299,7 @@ def learn_kinds(values: Mapping[str, Any], origin: str) -> None:
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Mapping):
                 learn_kinds({f"{key}.{name}": v for name, v in inner.items()}, origin)
-            family = re.search(rf"(?:^|\.)({'|'.join(FAMILIES)})\.(?:\w+\.)*kind$", key)
+            family = KIND.search(key)
             if family and isinstance(inner, str) and is_path(inner):
                 try:
                     FAMILIES[family[1]].learn(inner, key[family.start(1) :])
@@ -306,11 +314,7 @@ def _learned(kinds: frozenset[tuple[str, str]]) -> frozenset[str]:
     for name, family in FAMILIES.items():
         learned = [cls for word, cls in family.kinds.items() if is_path(word)]
         own = {spec.name for cls in learned for spec in fields(cls)}
-        found |= {f"{name}.{key}" for key in own}
-        for cls in family.kinds.values():
-            for spec in fields(cls):
-                if family.holds(cls, spec.name):
-                    found |= {f"{name}.{spec.name}.{key}" for key in FAMILY_KEYS[name] | own}
+        found |= {f"{name}.{key}" for key in own} | {*_inner_keys(name, FAMILY_KEYS[name] | own)}
     return frozenset(found)
 
 

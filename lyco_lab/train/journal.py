@@ -30,10 +30,11 @@ class Journal:
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
-        write(path, rows(path, step))
+        kept = rows(path, step)
+        write(path, kept)
         self._digest = hashlib.blake2b(digest_size=16)
-        for cells in _rows_up_to(path, step):
-            self._digest.update(_hashed(cells))
+        for row in kept:
+            self._digest.update(_hashed(_cells(row)))
         with writing(path.parent):
             self._file = path.open("a", newline="")
         self._writer = csv.writer(self._file, lineterminator="\n")
